@@ -1,0 +1,1 @@
+"""The engines, argument checks and small primitives."""

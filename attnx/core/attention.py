@@ -1,0 +1,155 @@
+"""The pairs engine: attention as a choice of scores, mask and weights, and of how to execute it.
+
+    out_i = sum over j allowed by mask of  weights(score(q_i, k_j), row statistics of i) * v_j
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnx.core import checks, cudnn, operations, reference
+from attnx.core.blockwise import Blockwise
+from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
+from attnx.core.tiling import choose_tiling
+from pallas_kernels import tile
+from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
+
+IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "cudnn")
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    scores: Score | tuple[Score, ...] = (),
+    mask: Mask | None = None,
+    weights: Weights = Softmax(),
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    query_positions: Int[Array, "*B T"] | None = None,
+    key_positions: Int[Array, "*B S"] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    block_sizes: tuple[int, int] | None = None,
+    hooks: dict | None = None,
+):
+    """Attention over all allowed pairs.
+
+    ::
+
+        out_i = sum over j allowed by mask of  w_ij v_j,     w_ij = weights(s_ij, statistics of row i),     s_ij = scores(scale q_i . k_j)
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K: query head n reads key-value head n // (N / K).
+      value: [B, S, K, Hv].
+      scores: what is done to the scaled dot products, in order (see :mod:`attnx.scores`).
+      mask: which pairs are allowed (see :mod:`attnx.masks`); None allows all.
+      weights: how scores become weights (see :mod:`attnx.weights`).
+      scale: factor of the dot product, a static number; 1 / sqrt(H) by default.
+      dropout_rate: probability with which a weight is dropped, the others divided by 1 - dropout_rate.
+      dropout_key: PRNG key, needed when dropout_rate > 0. The pattern depends on it and on logical positions alone.
+      query_positions, key_positions: logical positions, int32 [T] or [B, T] ([S] or [B, S]); -1 is padding. 0, 1, 2, ... by default.
+      implementation: "reference" (materialised, O(T S) memory, forward mode and hooks), "blockwise" (XLA fold, O(T) memory, any backend),
+        "pallas" (fused kernels), "cudnn" (jax.nn's); None picks the best that serves the call. A ring over devices is
+        :func:`attnx.ring_attention`.
+      return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
+        -inf for rows that attend to nothing. Exponential weights only.
+      block_sizes: (queries, keys) of a tile in "blockwise"; chosen by default.
+      hooks: functions of the materialised "scores" or "weights" [B, N, T, S]; they force "reference".
+
+    Returns:
+      [B, T, N, Hv] in the query's dtype; with return_residual the pair (out, r), r in float32 (float64 for float64).
+      Rows with nothing to attend to are zero, and so are their gradients.
+
+    Raises:
+      ValueError, TypeError: an argument of a wrong shape, dtype or kind, named.
+      NotImplementedError: a named implementation cannot serve the call; says what it lacks.
+
+    Cost: O(T S) time times the share of tiles that hold allowed pairs; memory O(T + S), or O(T S) for "reference". Derivatives of any order in
+    reverse mode; forward mode in "reference" only.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> x = jnp.ones((1, 16, 4, 8))
+    >>> attnx.attention(x, x[:, :, :2], x[:, :, :2], mask=attnx.masks.causal()).shape
+    (1, 16, 4, 8)
+    """
+    scores, seed, dropout_rate = _check(query, key, value, scores, mask, weights, dropout_rate, dropout_key)
+    scale = checks.check_scale(scale, query.shape[3])
+    query_positions = checks.check_positions("query_positions", query_positions, query.shape[0], query.shape[1])
+    key_positions = checks.check_positions("key_positions", key_positions, key.shape[0], key.shape[1])
+    if return_residual:
+        checks.check_exponential("return_residual", weights)
+    chosen = _choose(implementation, hooks)
+    if chosen == "cudnn":
+        return cudnn.attention(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate,
+                               positions=(query_positions, key_positions), return_residual=return_residual)
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        return _nothing(query, value, return_residual)
+    program, data = bind(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate, seed=seed,
+                         query_positions=query_positions, key_positions=key_positions)
+    sink = sink_of(program, weights)
+    if chosen == "reference":
+        out, r = _reference(program, data, sink) if not hooks else with_sink(*reference.output(program, data, hooks), sink)
+    else:
+        out, r = _blockwise(Blockwise(program, choose_tiling(program, data, block_sizes)), data, sink)
+    out = unbind_output(out, query.dtype)
+    return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
+
+
+@partial(jax.jit, static_argnums=0)
+def _blockwise(executor: Blockwise, data: Data, sink):
+    return with_sink(*operations.output(executor, data), sink)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reference(program: Program, data: Data, sink):
+    return with_sink(*reference.output(program, data), sink)
+
+
+def sink_of(program: Program, weights: Weights):
+    """The canonical sink [B or 1, K or 1, G or 1, T or 1, 1] of the weights, or None."""
+    operand = weights.sink(program.sizes) if isinstance(weights, Exponential) else None
+    return None if operand is None else bind_operand(operand, program.sizes, type(weights).__name__)[0]
+
+
+def with_sink(out, r, sink):
+    """Lets the sink into the finished normaliser: ``r' = logaddexp(r, sink)``, ``out' = out e^(r - r')``."""
+    if sink is None:
+        return out, r
+    shape = (*out.shape[:-1], 1)
+    nothing = jnp.zeros(shape[:-1] + (1,), out.dtype)
+    sink = jnp.broadcast_to(sink.astype(r.dtype), shape)
+    merged, total = tile.merge((out, r[..., 0]), (nothing, sink[..., 0]))
+    return merged, total[..., None]
+
+
+def _check(query, key, value, scores, mask, weights, dropout_rate, dropout_key):
+    checks.check_query_key_value(query, key, value)
+    scores = checks.check_parts(scores, mask, weights)
+    dropout_rate, seed = checks.check_dropout(dropout_rate, dropout_key)
+    return scores, seed, dropout_rate
+
+
+def _choose(implementation, hooks):
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {implementation!r}")
+    if hooks:
+        unknown = set(hooks) - {"scores", "weights"}
+        if unknown:
+            raise ValueError(f"hooks: expected stages 'scores' and 'weights', got {sorted(unknown)}")
+        if implementation not in (None, "reference"):
+            raise NotImplementedError(f"implementation={implementation!r} never holds the scores or weights that hooks act on; use 'reference' or None")
+        return "reference"
+    if implementation == "pallas":
+        raise NotImplementedError("implementation='pallas': no fused kernel is plugged in here; use 'blockwise' or None")
+    return implementation or "blockwise"
+
+
+def _nothing(query, value, return_residual):
+    out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
+    return (out, jnp.full(query.shape[:3], -jnp.inf, tile.accumulator_dtype(query.dtype))) if return_residual else out

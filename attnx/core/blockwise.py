@@ -1,0 +1,141 @@
+"""The ``blockwise`` execution: an XLA fold over key blocks in O(T) memory, on any backend.
+
+A forward pass sweeps the tiles worth visiting query block by query block, a backward pass key block by key block. What is
+folded comes from :mod:`attnx.core.operations`.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnx.core.program import Data, Program, partition
+from attnx.core.tiling import (Tiling, Where, add_operand_block, add_rows_block, at_block, cover, keys_block, map_operands, operand_block,
+                               over_lanes, pad, pad_rows, rows_block, visits)
+from pallas_kernels import tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """Executes a program tile by tile on one device; static and hashable."""
+
+    program: Program
+    tiling: Tiling
+
+    def maximum(self, x):
+        """The largest entry over everything this execution holds (over all devices, where it holds several)."""
+        return jnp.max(x, initial=0)
+
+    def load(self, data: Data, where: Where):
+        """What a tile function wants at ``where`` (padded data): q, k, v, positions, blocks."""
+        program, tiling = self.program, self.tiling
+        positions = at_block(data, where, tiling)
+        blocks = map_operands(lambda x, spec: operand_block(program, x, spec, positions, where, tiling), data.operands, program.specs)
+        v = None if data.value is None else keys_block(data.value, where, tiling)
+        return rows_block(data.query, where, tiling), keys_block(data.key, where, tiling), v, positions, blocks
+
+    def fold_rows(self, data: Data, init, body, finish, rows=(), *, differentiable: bool = False):
+        """Folds ``body`` over the keys of every query.
+
+        Args:
+          init: ``init(rows block) -> carry`` of one head's query block, a pytree of [bq, X].
+          body: ``body(carry, q, k, v, rows, at, blocks, masked) -> carry`` on one tile of one head.
+          finish: ``finish(carry) -> result``, a pytree of [bq, X].
+          rows: a pytree of [B, K, G, T, X], cut to the rows of the tile.
+          differentiable: scan a static number of steps and recompute each in the backward pass, so that any derivative exists.
+
+        Returns the results as [B, K, G, T, X].
+        """
+        program, tiling = self.program, self.tiling
+        b, k, g, t, _ = data.query.shape
+        data, rows = pad(program, data, tiling), pad_rows(rows, tiling)
+        nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
+        todo = visits(cover(program, data, tiling), tiling)
+
+        def block(n):
+            where = Where(n // (chunks * nq), n // nq % chunks, n % nq, 0)
+            order, full, active = todo.of(where.b, where.c, where.i)
+            mine = jax.tree.map(lambda x: rows_block(x, where, tiling), rows)
+
+            def visit(slot, carry, masked):
+                here = where._replace(j=order[slot])
+                q, keys, v, positions, blocks = self.load(data, here)
+                one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, masked)
+                return over_lanes(one, program, here, tiling, g)(q, keys, v, (carry, mine), positions, blocks)
+
+            carry = jax.vmap(jax.vmap(lambda _, rows: init(rows)))(jnp.zeros((tiling.lanes, g)), mine)
+            if differentiable:
+                def step(carry, slot):
+                    kind = (slot >= full).astype(jnp.int32) + (slot >= active)
+                    branches = [partial(visit, slot, masked=False), partial(visit, slot, masked=True), lambda c: c]
+                    return lax.switch(kind, branches, carry), None
+                carry, _ = lax.scan(jax.checkpoint(step), carry, jnp.arange(nk, dtype=jnp.int32))
+            else:
+                carry = lax.fori_loop(0, full, partial(visit, masked=False), carry)
+                carry = lax.fori_loop(full, active, partial(visit, masked=True), carry)
+            return jax.vmap(jax.vmap(finish))(carry)
+
+        results = lax.map(jax.checkpoint(block) if differentiable else block, jnp.arange(b * chunks * nq, dtype=jnp.int32))
+
+        def assemble(x):
+            x = x.reshape(b, chunks, nq, tiling.lanes, g, tiling.bq, x.shape[-1])
+            return x.transpose(0, 1, 3, 4, 2, 5, 6).reshape(b, k, g, nq * tiling.bq, x.shape[-1])[:, :, :, :t]
+
+        return jax.tree.map(assemble, results)
+
+    def fold_keys(self, data: Data, body, rows, gradient_of):
+        """Sums ``body(q, k, v, rows, at, blocks, masked) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
+
+        ``gradient_of`` are the rows that ``drows`` are the gradients of. Visits the query blocks of each key block, so dk and dv stay
+        in the carry and only row gradients are read and written per tile. Returns gradients shaped like query, key, value,
+        ``gradient_of`` and the inexact operands, in the accumulator's dtype.
+        """
+        program, tiling = self.program, self.tiling
+        dtype = tile.accumulator_dtype(data.query.dtype)
+        b, k, g, t, h = data.query.shape
+        s, unpadded = data.key.shape[2], partition(data.operands)[0]
+        data, rows, gradient_of = pad(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
+        nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
+        todo = visits(cover(program, data, tiling), tiling, by_key=True)
+        operands, specs = partition(data.operands)[0], program.inexact_specs(data.operands)
+
+        def step(carry, n):
+            where = Where(n // (chunks * nk), n // nk % chunks, 0, n % nk)
+            order, full, active = todo.of(where.b, where.c, where.j)
+
+            def visit(slot, carry, masked):
+                query_side, key_side, operand_side = carry
+                here = where._replace(i=order[slot])
+                q, keys, v, positions, blocks = self.load(data, here)
+                mine = jax.tree.map(lambda x: rows_block(x, here, tiling), rows)
+                one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, masked)
+                dq, dk, dv, drows, dblocks = over_lanes(one, program, here, tiling, g)(q, keys, v, mine, positions, blocks)
+                query_side = jax.tree.map(lambda total, x: add_rows_block(total, x, here, tiling), query_side, (dq, drows))
+                key_side = jax.tree.map(lambda total, x: total + x.sum(1), key_side, (dk, dv))
+                operand_side = [add_operand_block(program, total, spec, x, positions, here, tiling)
+                                for total, spec, x in zip(operand_side, specs, dblocks)]
+                return query_side, key_side, operand_side
+
+            query_side, operand_side = carry
+            fresh = jax.tree.map(lambda x: jnp.zeros((tiling.lanes, tiling.bk, x.shape[-1]), dtype), (data.key, data.value))
+            carry = (query_side, fresh, operand_side)
+            carry = lax.fori_loop(0, full, partial(visit, masked=False), carry)
+            query_side, key_side, operand_side = lax.fori_loop(full, active, partial(visit, masked=True), carry)
+            return (query_side, operand_side), key_side
+
+        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, dtype))
+        start = (zeros((data.query, gradient_of)), zeros(operands))
+        ((dq, drows), doperands), (dk, dv) = lax.scan(step, start, jnp.arange(b * chunks * nk, dtype=jnp.int32))
+
+        def assemble(x):
+            x = x.reshape(b, chunks, nk, tiling.lanes, tiling.bk, x.shape[-1])
+            return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, k, nk * tiling.bk, x.shape[-1])[:, :, :s]
+
+        def trim(x, like, spec):  # padding repeated the edges and no allowed pair reads it
+            return x[..., tiling.bq: x.shape[-1] - tiling.bk] if spec.offset else x[tuple(slice(n) for n in like.shape)]
+
+        dk, dv = jax.tree.map(assemble, (dk, dv))
+        dq, drows = jax.tree.map(lambda x: x[:, :, :, :t], (dq, drows))
+        return dq, dk, dv, drows, [trim(*args) for args in zip(doperands, unpadded, specs)]

@@ -1,0 +1,144 @@
+"""Argument checks: every wrong input gets one sentence that names the argument, what came and what was expected."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.parts import Exponential, Mask, Operand, Score, Similarity, Weights
+
+
+def describe(x) -> str:
+    """``float32[2, 8]`` for arrays, the type's name and value otherwise."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}"[:80]
+
+
+def check_integer(name: str, value, *, least: int, most: int | None = None) -> int:
+    """A static integer within bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected an integer {f'of at least {least}' if most is None else f'from {least} to {most}'}, got {value}")
+    return int(value)
+
+
+def check_integers(name: str, value, *, ranks: tuple[int, ...]) -> jax.Array:
+    """An integer or an integer array of one of the ranks, as int32."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected integers, got {describe(value)}")
+    if array.ndim not in ranks:
+        raise ValueError(f"{name}: expected an array of rank {' or '.join(map(str, ranks))}, got {describe(array)}")
+    return array.astype(jnp.int32)
+
+
+def check_real(name: str, value, *, ranks: tuple[int, ...] | None = None) -> jax.Array:
+    """A real number or an array of them."""
+    if not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number or an array of numbers, got {describe(value)}")
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.promote_types(array.dtype, jnp.float32)) if jnp.issubdtype(array.dtype, jnp.integer) else array
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected real numbers, got {describe(value)}")
+    if ranks is not None and array.ndim not in ranks:
+        raise ValueError(f"{name}: expected an array of rank {' or '.join(map(str, ranks))}, got {describe(array)}")
+    return array
+
+
+def check_function(name: str, value):
+    """A callable that can key compilation."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {describe(value)}")
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a hashable function (defined at module level), got {describe(value)}") from error
+
+
+def parameter_operands(params) -> tuple[tuple, tuple]:
+    """The arrays and axes of a user function's parameters; a bare array is handed over whole."""
+    params = [p if isinstance(p, Operand) else Operand(p, (None,) * jnp.ndim(p)) for p in params]
+    return tuple(jnp.asarray(p.array) for p in params), tuple(tuple(p.axes) for p in params)
+
+
+def check_query_key_value(query, key, value=None):
+    """Shapes [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple of K, and one floating dtype."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x is None and name == "value":
+            continue
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"{name}: expected an array, got {describe(x)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name}: expected a floating-point array, got {describe(x)}")
+        if len(x.shape) != 4:
+            layout = "[B, T, N, H]" if name == "query" else "[B, S, K, H]"
+            raise ValueError(f"{name}: expected shape {layout}, got {describe(x)}; use jax.vmap for further batch axes")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: expected the query's dtype {query.dtype}, got {describe(x)}")
+    b, _, n, h = query.shape
+    if key.shape[0] != b:
+        raise ValueError(f"key: expected batch size {b} as in query, got {describe(key)}")
+    if key.shape[3] != h:
+        raise ValueError(f"key: expected head size {h} as in query {describe(query)}, got {describe(key)}")
+    if key.shape[2] == 0 or n % key.shape[2]:
+        raise ValueError(f"key: expected a number of heads that divides the query's {n}, got {describe(key)}")
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: expected shape [{', '.join(map(str, key.shape[:3]))}, Hv] as key {describe(key)}, got {describe(value)}")
+
+
+def check_parts(scores, mask, weights):
+    """The kinds of the parts, with a hint for the usual slips."""
+    if isinstance(scores, Score):
+        scores = (scores,)
+    if not isinstance(scores, (tuple, list)):
+        raise TypeError(f"scores: expected a score or a sequence of scores, got {describe(scores)}")
+    for i, score in enumerate(scores):
+        if not isinstance(score, Score):
+            raise TypeError(f"scores[{i}]: expected a score (see attnx.scores; an array is attnx.scores.bias(array)), got {describe(score)}")
+    if sum(isinstance(score, Similarity) for score in scores) > 1:
+        raise ValueError("scores: expected at most one Similarity (it replaces the dot product), got several")
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a mask (see attnx.masks; a boolean array is attnx.masks.explicit(array)), got {describe(mask)}")
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights: expected weights (see attnx.weights, for example attnx.weights.softmax()), got {describe(weights)}")
+    return tuple(scores)
+
+
+def check_scale(scale, head_size: int) -> float:
+    """The factor of the dot product, 1 / sqrt(H) by default."""
+    if scale is None:
+        return head_size**-0.5 if head_size else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.floating, np.integer)):
+        raise TypeError(f"scale: expected a static number (for a traced one multiply the query), got {describe(scale)}")
+    return float(scale)
+
+
+def check_positions(name: str, positions, batch: int, length: int):
+    """None, or integers [length] or [B, length]."""
+    if positions is None:
+        return None
+    array = check_integers(name, positions, ranks=(1, 2))
+    if array.shape not in ((length,), (batch, length), (1, length)):
+        raise ValueError(f"{name}: expected shape [{length}] or [{batch}, {length}], got {describe(array)}")
+    return array
+
+
+def check_dropout(rate, key):
+    """A static rate in [0, 1) and, where it is positive, a PRNG key; returns the rate and two uint32 words."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
+        raise TypeError(f"dropout_rate: expected a static number, got {describe(rate)}")
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate: expected a number in [0, 1), got {rate}")
+    if rate == 0:
+        return 0.0, None
+    if key is None:
+        raise ValueError(f"dropout_key: expected a PRNG key with dropout_rate={rate}, got None")
+    return float(rate), jax.random.bits(key, (2,), jnp.uint32)
+
+
+def check_exponential(name: str, weights):
+    """Weights that have a residual to return or merge."""
+    if not isinstance(weights, Exponential):
+        raise ValueError(f"{name}: expected weights of the exponential family, which have a residual (softmax, softpick, ...), got {describe(weights)}")

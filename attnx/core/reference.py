@@ -1,0 +1,128 @@
+"""The ``reference`` execution: the definition, materialised.
+
+Scores [B, N, T, S], weights by their formula, a product with the values: O(T S) memory, any derivative in either mode. It is what every
+other execution is tested against, the only one that can show the weights, and where hooks on scores and weights act.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnx.core.blockwise import Blockwise
+from attnx.core.operations import row_operands
+from attnx.core.program import Data, Program
+from attnx.core.tiling import Tiling, Where, over_lanes
+from pallas_kernels import tile
+from pallas_kernels.parts import Exponential, Root
+
+
+def scores(program: Program, data: Data):
+    """Scores and which pairs are allowed, both [B, K, G, T, S]."""
+    b, k, g, t, _ = data.query.shape
+    tiling = Tiling(t, data.key.shape[2], k)
+    load = Blockwise(program, tiling).load
+
+    def head(q, k, v, rows, at, blocks):
+        s = tile.shape_scores(program.parts, tile.raw_scores(program.parts, q, k, at, blocks), at, blocks)
+        return s, jnp.broadcast_to(tile.visible(program.parts, at, blocks), s.shape)
+
+    def element(b):
+        where = Where(b, 0, 0, 0)
+        q, keys, v, positions, blocks = load(data, where)
+        return over_lanes(head, program, where, tiling, g)(q, keys, v, (), positions, blocks)
+
+    return jax.vmap(element)(jnp.arange(b, dtype=jnp.int32))
+
+
+def _over_keys(ok, x):
+    return jnp.sum(jnp.where(ok, x, 0), axis=-1, keepdims=True)
+
+
+def _residual(family: Exponential, s, ok, operands):
+    """``(num, den, m)`` of a family over whole rows, shifted by the row's safe exponent m."""
+    shift = family.shift(s, *operands)
+    m = 0.0 if shift is None else lax.stop_gradient(jnp.max(jnp.where(ok, shift, tile.FLOOR), axis=-1, keepdims=True, initial=tile.FLOOR))
+    num, den = family.terms(s, jnp.where(ok, m, 0), *operands)
+    return num, _over_keys(ok, den), m
+
+
+def _log(total, m):
+    some = total > 0
+    return jnp.where(some, m + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+
+
+def _root(which: Root, s, ok, earlier, operands):
+    """Bisection on the materialised row; ``custom_root`` supplies the implicit derivative, to any order."""
+    count = jnp.sum(ok, axis=-1, keepdims=True).astype(s.dtype)
+    some = count > 0
+    top = jnp.max(jnp.where(ok, s, tile.FLOOR), axis=-1, keepdims=True, initial=tile.FLOOR)
+    low, high = jax.tree.map(lax.stop_gradient, which.bracket(jnp.where(some, top, 0), jnp.where(some, count, 1)))
+
+    def excess(r):
+        total = _over_keys(ok, which.phi(s, jnp.where(ok, r, 0), earlier, *operands))
+        return jnp.where(some, total - which.target, r)
+
+    def solve(f, _):
+        def halve(_, ends):
+            middle = (ends[0] + ends[1]) / 2
+            above = f(middle) >= 0
+            return jnp.where(above, middle, ends[0]), jnp.where(above, ends[1], middle)
+        low_, high_ = lax.fori_loop(0, 80, halve, (low, high))
+        return jnp.where(some, (low_ + high_) / 2, 0)
+
+    return lax.custom_root(excess, jnp.zeros_like(top), solve, lambda linear, y: y / linear(jnp.ones_like(y)))
+
+
+def statistics(program: Program, data: Data, s, ok):
+    """Every row statistic of the call's weights from materialised scores, in order: a tuple of [B, K, G, T, 1]."""
+    operands, rows = data.operands.weights, ()
+    for which in program.parts.weights.statistics:
+        given = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
+        if isinstance(which, Exponential):
+            _, total, m = _residual(which, s, ok, operands)
+            r = _log(total, m)
+        elif isinstance(which, Root):
+            r = _root(which, s, ok, given, operands)
+        else:
+            r = which.finish(_over_keys(ok, which.phi(s, given, *operands)), rows, *row_operands(program, data))
+        rows = (*rows, r)
+    return rows
+
+
+def weights(program: Program, data: Data, s, ok):
+    """The weights of given scores [B, K, G, T, S], 0 where forbidden, and the residual of exponential ones (else None)."""
+    chosen, operands = program.parts.weights, data.operands.weights
+    s = jnp.where(ok, s, 0)
+    if isinstance(chosen, Exponential):
+        num, total, m = _residual(chosen, s, ok, operands)
+        return jnp.where(ok & (total > 0), num / jnp.where(total > 0, total, 1), 0), _log(total, m)
+    rows = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in statistics(program, data, s, ok))
+    return jnp.where(ok, chosen.weight(s, rows, *operands), 0), None
+
+
+def dropout(program: Program, data: Data, w):
+    """The weights with dropout applied."""
+    if not program.parts.dropout_rate:
+        return w
+    b, k, g, t, s = w.shape
+    head = jnp.arange(k * g).reshape(1, k, g, 1, 1)
+    at = tile.At(jnp.arange(b).reshape(b, 1, 1, 1, 1), head, data.query_positions[:, None, None, :, None], data.key_positions[:, None, None, None, :])
+    return w * tile.dropout_multiplier(program.parts, at, data.seed)
+
+
+def values(data: Data, w):
+    """Weighed values [B, K, G, T, Hv]."""
+    return jnp.einsum("bkgts,bksv->bkgtv", w.astype(data.value.dtype), data.value, preferred_element_type=w.dtype)
+
+
+def output(program: Program, data: Data, hooks=None):
+    """Output and residual; ``hooks`` maps 'scores' and 'weights' to functions of [B, N, T, S]."""
+    def hooked(stage, x):
+        if not hooks or stage not in hooks:
+            return x
+        b, k, g, t, s = x.shape
+        return hooks[stage](x.reshape(b, k * g, t, s)).reshape(x.shape)
+
+    s, ok = scores(program, data)
+    w, r = weights(program, data, hooked("scores", s), ok)
+    return values(data, dropout(program, data, hooked("weights", w))), r

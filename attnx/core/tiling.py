@@ -1,0 +1,274 @@
+"""Cutting a call into tiles: block sizes, padding, which tiles hold allowed pairs, and how blocks are read and gradients added.
+
+The tile table says of each (query block, key block) whether every pair is allowed, some may be, or none is. It comes from interval
+arithmetic on positions and mask operands (:meth:`pallas_kernels.parts.Mask.block`), so static and traced masks take the same path,
+and costs one entry a tile. A run-time list of the tiles worth visiting follows from it: full ones first, then partial ones.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnx.core.checks import check_integer
+from attnx.core.program import Data, Program, Spec
+from pallas_kernels.parts import At, Blocks, Cover, Range
+
+
+class Tiling(NamedTuple):
+    """Static tile sizes: ``bq`` queries by ``bk`` keys of ``lanes`` key-value heads (with their groups) at a time."""
+
+    bq: int
+    bk: int
+    lanes: int
+
+
+def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
+    """Tile sizes for a call: given ones, or what was fastest at its shape class."""
+    t, s, k = data.query.shape[3], data.key.shape[2], data.key.shape[1]
+    bq, bk = (512, 512) if block_sizes is None else (check_integer("block_sizes", b, least=1) for b in block_sizes)
+    return Tiling(min(bq, t), min(bk, s), 1)
+
+
+class Visits(NamedTuple):
+    """Which key blocks each query block visits: ``order[..., :full]`` unmasked, ``order[..., full:active]`` masked."""
+
+    order: Any  # [B or 1, C or 1, nq, nk]
+    full: Any  # [B or 1, C or 1, nq]
+    active: Any
+
+    def of(self, b, c, block):
+        """The list of one block, or of all batch elements and chunks alike where the table does not vary over them."""
+        index = (b if self.full.shape[0] > 1 else 0, c if self.full.shape[1] > 1 else 0, block)
+        return self.order[index], self.full[index], self.active[index]
+
+
+def pad(program: Program, data: Data, tiling: Tiling) -> Data:
+    """Pads queries and keys to whole blocks; padded positions are -1, padded operands repeat their last entry (any value is legal there)."""
+    t, s = data.query.shape[3], data.key.shape[2]
+    more_q, more_k = -t % tiling.bq, -s % tiling.bk
+
+    def widen(x, axis, more, mode="constant", **kw):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = more if isinstance(more, tuple) else (0, more)
+        return jnp.pad(x, widths, mode=mode, **kw) if any(widths[axis]) else x
+
+    def operand(x, spec: Spec):
+        if spec.offset:  # the bands of a corner tile reach one block beyond the table
+            return widen(x, 3, (tiling.bq, tiling.bk), "edge")
+        x = widen(x, 3, more_q, "edge") if spec.query else x
+        return widen(x, 4, more_k, "edge") if spec.key else x
+
+    return Data(
+        query=widen(data.query, 3, more_q), key=widen(data.key, 2, more_k),
+        value=None if data.value is None else widen(data.value, 2, more_k),
+        operands=map_operands(operand, data.operands, program.specs),
+        query_positions=widen(data.query_positions, 1, more_q, constant_values=-1),
+        key_positions=widen(data.key_positions, 1, more_k, constant_values=-1), seed=data.seed)
+
+
+def map_operands(function, operands: Blocks, specs: Blocks, *more: Blocks) -> Blocks:
+    """``function(array, spec, ...)`` over the operands of every part."""
+    leaves, structure = jax.tree.flatten(operands)
+    others = [jax.tree.leaves(m) for m in more]
+    flat_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec))
+    return jax.tree.unflatten(structure, [function(*args) for args in zip(leaves, flat_specs, *others)])
+
+
+def pad_rows(rows, tiling: Tiling):
+    """Pads a pytree of [B, K, G, T, X] to whole query blocks."""
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[3] % tiling.bq), (0, 0)]), rows)
+
+
+# The tile table -----------------------------------------------------------------------------------------------------
+
+
+def _extent(x, axis, block):
+    """Smallest and largest value of each block along an axis."""
+    shape = x.shape[:axis] + (x.shape[axis] // block, block) + x.shape[axis + 1:]
+    x = x.reshape(shape)
+    return x.min(axis + 1), x.max(axis + 1)
+
+
+def cover(program: Program, data: Data, tiling: Tiling) -> Cover:
+    """The tile table of padded data: booleans [B or 1, K or 1, G or 1, nq, nk]."""
+    limit = jnp.iinfo(jnp.int32)
+
+    def positions(p, block):
+        blocks = p.reshape(p.shape[0], -1, block)
+        real = blocks >= 0
+        extent = Range(jnp.where(real, blocks, limit.max).min(-1), jnp.where(real, blocks, limit.min).max(-1))
+        return extent, real.any(-1), real.all(-1)
+
+    query, q_some, q_every = positions(data.query_positions, tiling.bq)
+    key, k_some, k_every = positions(data.key_positions, tiling.bk)
+    column = lambda x: x[:, None, None, :, None]
+    row = lambda x: x[:, None, None, None, :]
+    some, every = column(q_some) & row(k_some), column(q_every) & row(k_every)
+    mask = program.parts.mask
+    if mask is None:
+        return Cover(some, every)
+
+    def extent(x, spec):
+        if spec.offset:
+            raise NotImplementedError("mask: an 'offset' operand cannot decide which pairs are allowed; use positions (at.key - at.query)")
+        low = high = x
+        if spec.query:
+            low, high = _extent(low, 3, tiling.bq)[0], _extent(high, 3, tiling.bq)[1]
+        if spec.key:
+            low, high = _extent(low, 4, tiling.bk)[0], _extent(high, 4, tiling.bk)[1]
+        return Range(low, high)
+
+    ranges = [extent(x, spec) for x, spec in zip(data.operands.mask, program.specs.mask)]
+    certain = mask.block(Range(column(query.low), column(query.high)), Range(row(key.low), row(key.high)), *ranges)
+    return Cover(some & certain.some, every & certain.every)
+
+
+def visits(table: Cover, tiling: Tiling, *, by_key: bool = False) -> Visits:
+    """The tiles worth visiting, for each query block (or for each key block: ``by_key``), lanes that are evaluated together united."""
+    def unite(x, reduce):
+        x = reduce(x, axis=2)
+        if x.shape[1] > 1:
+            x = reduce(x.reshape(x.shape[0], -1, tiling.lanes, *x.shape[2:]), axis=2)
+        return jnp.swapaxes(x, -1, -2) if by_key else x
+
+    some, every = unite(table.some, jnp.any), unite(table.every, jnp.all)
+    rank = jnp.where(some, jnp.where(every, 0, 1), 2)
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    return Visits(order, (rank == 0).sum(-1, dtype=jnp.int32), (rank < 2).sum(-1, dtype=jnp.int32))
+
+
+# Reading blocks, adding gradients -----------------------------------------------------------------------------------
+
+
+class Where(NamedTuple):
+    """A tile's place: batch element, chunk of key-value heads, query block, key block (traced)."""
+
+    b: Any
+    c: Any
+    i: Any
+    j: Any
+
+
+def _slice(x, starts, sizes):
+    return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in starts], sizes)
+
+
+def _add(total, block, starts):
+    starts = [jnp.asarray(s, jnp.int32) for s in starts]
+    return lax.dynamic_update_slice(total, lax.dynamic_slice(total, starts, block.shape) + block, starts)
+
+
+def cut(x, starts, sizes):
+    """A block of ``x`` with the axes of size None removed."""
+    return _slice(x, starts, [1 if s is None else s for s in sizes]).reshape([s for s in sizes if s is not None])
+
+
+def rows_block(x, where: Where, tiling: Tiling):
+    """[B, K, G, T, X] -> [lanes, G, bq, X]."""
+    return cut(x, (where.b, where.c * tiling.lanes, 0, where.i * tiling.bq, 0), (None, tiling.lanes, x.shape[2], tiling.bq, x.shape[4]))
+
+
+def add_rows_block(total, block, where: Where, tiling: Tiling):
+    """Adds [lanes, G, bq, X] to rows [B, K, G, T, X]."""
+    return _add(total, block[None], (where.b, where.c * tiling.lanes, 0, where.i * tiling.bq, 0))
+
+
+def keys_block(x, where: Where, tiling: Tiling):
+    """[B, K, S, X] -> [lanes, bk, X]."""
+    return cut(x, (where.b, where.c * tiling.lanes, where.j * tiling.bk, 0), (None, tiling.lanes, tiling.bk, x.shape[3]))
+
+
+def at_block(data: Data, where: Where, tiling: Tiling):
+    """The logical positions of a tile, [bq, 1] and [1, bk]."""
+    def get(p, start, size):
+        return cut(p, (where.b if p.shape[0] > 1 else 0, start), (None, size))
+
+    return (get(data.query_positions, where.i * tiling.bq, tiling.bq)[:, None],
+            get(data.key_positions, where.j * tiling.bk, tiling.bk)[None, :])
+
+
+def _window(x, spec: Spec, where: Where, tiling: Tiling):
+    """Start and size of an operand's block in each axis; an offset table is left whole."""
+    kv = tiling.lanes if spec.kv else 1
+    starts = [where.b if spec.batch else 0, where.c * tiling.lanes if spec.kv else 0, 0]
+    sizes = [1, kv, x.shape[2]]
+    if spec.offset:
+        return starts + [0], sizes + [x.shape[3]]
+    starts += [where.i * tiling.bq if spec.query else 0, where.j * tiling.bk if spec.key else 0]
+    sizes += [tiling.bq if spec.query else 1, tiling.bk if spec.key else 1]
+    return starts + [0] * (x.ndim - 5), sizes + list(x.shape[5:])
+
+
+def _diagonals(bands, rows, columns):
+    """Toeplitz: entry (a, b) is ``bands[..., rows - 1 + b - a]``; bands [..., rows + columns - 1]. Copies and reshapes, no gather."""
+    length = rows + columns - 1
+    lead = bands.shape[:-1]
+    x = jnp.broadcast_to(jnp.pad(bands, [(0, 0)] * len(lead) + [(0, 1)])[..., None, :], (*lead, rows, length + 1))
+    x = x.reshape(*lead, rows * (length + 1))[..., : rows * length].reshape(*lead, rows, length)
+    return x[..., rows - 1:]  # row a of the skewed square is the bands shifted by -a
+
+
+def _bands(program: Program, positions, where: Where, tiling: Tiling):
+    """How to read an offset table at a tile: a differentiable function table [..., L] -> [..., bq, bk]."""
+    query, key = positions
+    low = program.sizes.offsets[0] - tiling.bq  # the table was padded by one block on the left
+    if program.contiguous:
+        start = key[0, 0] - query[0, 0] - (tiling.bq - 1) - low
+        return lambda bands: _diagonals(bands, tiling.bq, tiling.bk), start, tiling.bq + tiling.bk - 1
+    index = key - query - low
+    return lambda table: jnp.take(table, jnp.clip(index, 0, table.shape[-1] - 1), axis=-1), None, None
+
+
+def operand_block(program: Program, x, spec: Spec, positions, where: Where, tiling: Tiling):
+    """The block of a canonical operand, [lanes or 1, G or 1, bq or 1, bk or 1, *None axes]."""
+    starts, sizes = _window(x, spec, where, tiling)
+    if not spec.offset:
+        return _slice(x, starts, sizes)[0]
+    expand, start, length = _bands(program, positions, where, tiling)
+    if start is not None:
+        starts, sizes = [*starts[:3], start], [*sizes[:3], length]
+    return expand(_slice(x, starts, sizes)[0])
+
+
+def add_operand_block(program: Program, total, spec: Spec, block, positions, where: Where, tiling: Tiling):
+    """Adds a per-head block gradient [lanes, G, bq or 1, ...] to the gradient of the whole operand."""
+    dropped = tuple(axis for axis, varies in enumerate((spec.kv, spec.group)) if not varies)
+    block = block.sum(dropped, keepdims=True) if dropped else block
+    starts, sizes = _window(total, spec, where, tiling)
+    if spec.offset:
+        expand, start, length = _bands(program, positions, where, tiling)
+        if start is not None:
+            starts, sizes = [*starts[:3], start], [*sizes[:3], length]
+        (block,) = jax.linear_transpose(expand, jax.ShapeDtypeStruct(sizes[1:], block.dtype))(block)
+    return _add(total, block[None], starts)
+
+
+def over_lanes(function, program: Program, where: Where, tiling: Tiling, groups: int):
+    """Vectorises ``function(q, k, v, rows, at, blocks)`` of one head over the tile's key-value heads and their groups.
+
+    ``rows`` is any pytree of [lanes, G, bq, X]; keys and values are shared by a group; operands as their specs say.
+    """
+    specs = program.specs
+
+    def axes(flag):
+        return map_operands(lambda _, s: 0 if flag(s) else None, jax.tree.map(lambda _: 0, specs, is_leaf=_is_spec), specs)
+
+    def run(q, k, v, rows, positions, blocks: Blocks):
+        squeeze = lambda x, s: x.reshape([n for n, keep in zip(x.shape, (s.kv, s.group)) if keep] + list(x.shape[2:]))
+        blocks = map_operands(squeeze, blocks, specs)
+
+        def head(q, k, v, rows, kv, group, blocks):
+            return function(q, k, v, rows, At(where.b, kv * groups + group, *positions), blocks)
+
+        head = jax.vmap(head, in_axes=(0, None, None, 0, None, 0, axes(lambda s: s.group)))
+        head = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, None, axes(lambda s: s.kv)))
+        kv = where.c * tiling.lanes + jnp.arange(tiling.lanes, dtype=jnp.int32)
+        return head(q, k, v, rows, kv, jnp.arange(groups, dtype=jnp.int32), blocks)
+
+    return run
+
+
+def _is_spec(x):
+    return isinstance(x, Spec)

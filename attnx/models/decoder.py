@@ -1,0 +1,39 @@
+"""A decoder language model around any mechanism."""
+
+from attnx.models.transformer import Transformer
+
+
+class Decoder(Transformer):
+    """Tokens to logits of the next token. Constructed like :class:`attnx.models.Transformer`, with a causal mechanism.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnx.core.mechanism import pairs
+      >>> model = Decoder(TransformerConfig(features=32, num_layers=2), pairs(), rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 5), int)).shape
+      (1, 5, 256)
+      >>> state = model.init_state(batch=1, max_length=5)
+      >>> state, logits = model.step(state, jnp.zeros((1, 3), int))  # prefill
+      >>> state, logits = model.step(state, jnp.zeros((1, 1), int))  # decode
+      >>> logits.shape, int(state.position)
+      ((1, 1, 256), 4)
+    """
+
+    def __call__(self, tokens, positions=None, segment_ids=None, **inputs):
+        """[B, T] -> logits [B, T, V], at least float32; arguments as in :meth:`Transformer.hidden`."""
+        return self.logits(self.hidden(tokens, positions, segment_ids, **inputs))
+
+    def step(self, state, tokens, *, hooks=None):
+        """Reads the next tokens.
+
+        Args:
+          state: from :meth:`init_state` or the step before.
+          tokens: integers [B, t]: one to decode, several to prefill.
+          hooks: ``{stage: hook}``, see :mod:`attnx.nn.hooks`.
+
+        Returns:
+          ``(state, logits [B, t, V])``.
+        """
+        state, hidden = self.hidden_step(state, tokens, hooks=hooks)
+        return state, self.logits(hidden)

@@ -1,0 +1,92 @@
+"""The trunk that encoders and decoders share: tokens to vectors, at once or step by step."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx.models.config import TransformerConfig
+from attnx.nn import Embedding, Stack, make_norm
+from attnx.nn.common import dropout
+
+
+class TransformerState(NamedTuple):
+    """What a model remembers between steps; constant in shape."""
+
+    position: jax.Array  # int32 [], how many tokens it has seen
+    layers: Any
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks, and a last norm (after pre-norm blocks).
+
+    Args:
+      config: its sizes and choices.
+      mechanism: the mechanism of every layer (see :class:`attnx.nn.Attention`), or a sequence of mechanisms that alternate. What a
+        token may see is the mechanism's to say.
+      cross_mechanism: the mechanism by which every layer also reads a context; None for layers that read none.
+      embedding: an :class:`attnx.nn.Embedding` to share; by default one of its own.
+      rngs: the generator of initial values.
+    """
+
+    def __init__(self, config: TransformerConfig, mechanism, *, cross_mechanism=None, embedding=None, rngs):
+        mechanisms = mechanism if isinstance(mechanism, (tuple, list)) else (mechanism,)
+        dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        self.config = config
+        self.embedding = embedding or Embedding(
+            config.vocab_size, config.features, tied=config.tie_embedding, scaled=config.scale_embedding,
+            position=config.position_embedding, max_length=config.max_length, **dtypes)
+        self.layers = Stack([functools.partial(config.block, m, cross_mechanism) for m in mechanisms], config.num_layers,
+                            unroll=config.unroll, remat=config.remat, rngs=rngs)
+        self.norm = make_norm(config.norm, config.features, **dtypes) if config.norm_position == "pre" else nnx.data(None)
+
+    def hidden(self, tokens, positions=None, segment_ids=None, *, context=None, context_positions=None, dropout_key=None,
+               hooks=None):
+        """The vectors of the last layer.
+
+        Args:
+          tokens: integers [B, T].
+          positions: int32 [T] or [B, T], logical positions (-1 marks padding); None for 0 .. T-1.
+          segment_ids: int32 [B, T], documents that do not see each other.
+          context: [B, S, D], what cross-attention reads.
+          context_positions: int32 [S] or [B, S], logical positions of the context.
+          dropout_key: the key of all dropout; None for none.
+          hooks: ``{stage: hook}``, see :mod:`attnx.nn.hooks`.
+
+        Returns:
+          [B, T, D].
+        """
+        x = self.embedding(tokens, positions)
+        if dropout_key is not None:
+            dropout_key, first = jax.random.split(dropout_key)
+            x = dropout(x, self.config.dropout_rate, first)
+        x = self.layers(x, positions=positions, segment_ids=segment_ids, context=context, context_positions=context_positions,
+                        dropout_key=dropout_key, hooks=hooks)
+        return x if self.norm is None else self.norm(x)
+
+    def logits(self, hidden):
+        """Logits of the vocabulary from the vectors of the last layer: [B, T, D] -> [B, T, V], at least float32."""
+        return self.embedding.logits(hidden)
+
+    def init_state(self, batch, max_length, *, context=None, context_positions=None, dtype=None):
+        """The state of a model that has seen nothing.
+
+        Args:
+          batch: B.
+          max_length: the most tokens that will be seen.
+          context, context_positions: what cross-attention reads, projected here, once.
+          dtype: of the cached keys and values; by default that of the computation.
+
+        Returns:
+          A :class:`TransformerState`, of constant shape.
+        """
+        return TransformerState(jnp.zeros((), jnp.int32), self.layers.init_state(
+            batch, max_length, context=context, context_positions=context_positions, dtype=dtype))
+
+    def hidden_step(self, state, tokens, *, hooks=None):
+        """The vectors of the last layer for the next tokens [B, t]: ``(state, [B, t, D])``."""
+        positions = state.position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        layers, x = self.layers.step(state.layers, self.embedding(tokens, positions), hooks=hooks)
+        return TransformerState(state.position + tokens.shape[1], layers), x if self.norm is None else self.norm(x)

@@ -1,0 +1,12 @@
+"""Flax (nnx) blocks that are handed any mechanism of any engine."""
+
+from attnx.nn.attention import Attention, CrossState, SelfState
+from attnx.nn.block import TransformerBlock
+from attnx.nn.common import constrain, logical_axes
+from attnx.nn.embedding import Embedding
+from attnx.nn.frozen import Constant
+from attnx.nn.mlp import MLP
+from attnx.nn.norms import make_norm
+from attnx.nn.stack import Stack
+
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "constrain", "logical_axes", "make_norm"]

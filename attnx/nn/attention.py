@@ -1,0 +1,197 @@
+"""Multi-head attention around any mechanism: projections, positions, norms, gate, caches and hooks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import initializers
+
+from attnx.nn.common import check_sequence, constrain, logical_axes
+from attnx.nn.frozen import hold, release
+from attnx.nn.hooks import at_heads, bind_hooks, pair_hooks
+from attnx.nn.norms import make_norm
+
+
+class SelfState(NamedTuple):
+    """What a self-attention layer remembers between steps; constant in shape."""
+
+    position: jax.Array  # int32 [], the position of the next token
+    mechanism: Any  # the mechanism's own state
+
+
+class CrossState(NamedTuple):
+    """What a cross-attention layer remembers between steps: its context, projected once."""
+
+    position: jax.Array  # int32 [], the position of the next query
+    key: jax.Array  # [B, S, K, H]
+    value: jax.Array  # [B, S, K, Hv]
+    key_positions: jax.Array | None  # [S] or [B, S]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention that is handed its mechanism.
+
+        q, k, v = x W_q, c W_k, c W_v        (c: the context, or x itself)
+        out     = concat_heads(gate(x) * mechanism(position(norm(q), norm(k)), v)) W_o
+
+    Args:
+      features: D, size of the input.
+      num_heads: N, query heads.
+      mechanism: how queries, keys and values become outputs: an :class:`attnx.core.mechanism.Mechanism` of any engine, or a
+        constructor ``(rngs=...) -> Mechanism`` for one that owns parameters.
+      head_size: H of queries and keys; by default ``features // num_heads``.
+      value_size: Hv of values; by default H.
+      num_kv_heads: K, key and value heads; a divisor of N, by default N. Grouped (K < N) or multi-query (K = 1) attention.
+      context_features: size of the context in cross-attention; by default D.
+      out_features: size of the output; by default D.
+      position: a transform ``(query, key, query_positions, key_positions) -> (query, key)``, e.g. ``attnx.positions.Rotary()``.
+      qk_norm: norm of each head's queries and keys, before the positions: 'rms', 'layer', a constructor, or None.
+      output_gate: 'head' or 'channel': the outputs are multiplied by ``sigmoid(x W_g)``, one gate a head or a channel.
+      use_bias: whether the projections have biases.
+      dtype: of the computation; by default inferred from inputs and parameters.
+      param_dtype: of the parameters.
+      precision: of the matrix products, see ``jax.lax.Precision``.
+      kernel_init, bias_init: initialisers of the projections.
+      out_kernel_init: initialiser of the output projection; by default ``kernel_init``.
+      rngs: the generator of initial values.
+    """
+
+    def __init__(self, features, num_heads, *, mechanism, head_size=None, value_size=None, num_kv_heads=None, context_features=None,
+                 out_features=None, position=None, qk_norm=None, output_gate=None, use_bias=False, dtype=None,
+                 param_dtype=jnp.float32, precision=None, kernel_init=initializers.lecun_normal(),
+                 bias_init=initializers.zeros_init(), out_kernel_init=None, rngs):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
+        if head_size is None:
+            if features % num_heads:
+                raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}; or state head_size")
+            head_size = features // num_heads
+        value_size = value_size or head_size
+        self.features, self.num_heads, self.num_kv_heads = features, num_heads, num_kv_heads
+        self.head_size, self.value_size = head_size, value_size
+        self.context_features = context_features or features
+        self.dtype, self.param_dtype = dtype, param_dtype
+
+        def project(inputs, outputs, axes, bias_axes, init=kernel_init, bias=use_bias, contract=-1):
+            return nnx.LinearGeneral(inputs, outputs, axis=contract, use_bias=bias, dtype=dtype, param_dtype=param_dtype,
+                                     precision=precision, kernel_init=init, bias_init=bias_init,
+                                     kernel_metadata=logical_axes(*axes), bias_metadata=logical_axes(*bias_axes), rngs=rngs)
+
+        kv = ("kv_heads", "head_size")
+        self.query = project(features, (num_heads, head_size), ("embed", "heads", "head_size"), ("heads", "head_size"))
+        self.key = project(self.context_features, (num_kv_heads, head_size), ("embed", *kv), kv)
+        self.value = project(self.context_features, (num_kv_heads, value_size), ("embed", *kv), kv)
+        self.out = project((num_heads, value_size), out_features or features, ("heads", "head_size", "embed"), ("embed",),
+                           init=out_kernel_init or kernel_init, contract=(-2, -1))
+        self.query_norm = self.key_norm = self.gate = nnx.data(None)
+        if qk_norm is not None:
+            norm = dict(axis="head_size", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.query_norm, self.key_norm = make_norm(qk_norm, head_size, **norm), make_norm(qk_norm, head_size, **norm)
+        if output_gate is not None:
+            if output_gate not in ("head", "channel"):
+                raise ValueError(f"output_gate: expected 'head', 'channel' or None, got {output_gate!r}")
+            width = 1 if output_gate == "head" else value_size
+            self.gate = project(features, (num_heads, width), ("embed", "heads", None), ("heads", None))
+        if isinstance(mechanism, type) or not hasattr(mechanism, "step"):
+            if not callable(mechanism):
+                raise TypeError("mechanism: expected a Mechanism (see attnx.core.mechanism) or a constructor (rngs=...) -> Mechanism, "
+                                f"got {type(mechanism).__name__} {mechanism!r}")
+            mechanism = mechanism(rngs=rngs)
+        self.mechanism, self.position = hold(mechanism), hold(position)
+
+    def __call__(self, x, context=None, *, positions=None, context_positions=None, segment_ids=None, dropout_key=None,
+                 hooks=None, layer=0):
+        """Attends from ``x`` to ``context``, or to itself.
+
+        Args:
+          x: [B, T, D].
+          context: [B, S, context_features], the keys and values of cross-attention; None for self-attention.
+          positions: int32 [T] or [B, T], logical positions of x (-1 marks padding); None for 0 .. T-1.
+          context_positions: the same for the context.
+          segment_ids: int32 [B, T], documents that do not see each other (self-attention).
+          dropout_key: the key of the mechanism's dropout; None for none.
+          hooks: ``{stage: hook}``, see :mod:`attnx.nn.hooks`.
+          layer: the index that hooks see.
+
+        Returns:
+          [B, T, out_features].
+        """
+        if context is None:
+            context, context_positions = x, positions
+        hooks = bind_hooks(hooks, layer)
+        query, key, value, at = self._prepare(hooks, self._query(x), *self._key_value(context), positions, context_positions)
+        mechanism = release(self.mechanism)
+        out = mechanism(query, key, value, query_positions=positions, key_positions=context_positions,
+                        segment_ids=segment_ids, dropout_key=dropout_key, **pair_hooks(mechanism, hooks))
+        return self._finish(hooks, out, at, x)
+
+    def init_state(self, batch, max_length, *, context=None, context_positions=None, dtype=None):
+        """The state of a layer that has seen nothing, for :meth:`step`.
+
+        Args:
+          batch: B.
+          max_length: the most tokens that will be seen.
+          context: [B, S, context_features] for cross-attention: projected here, once.
+          context_positions: int32 [S] or [B, S], logical positions of the context.
+          dtype: of the cached keys and values; by default that of the computation.
+
+        Returns:
+          A pytree of constant shape.
+        """
+        start = jnp.zeros((), jnp.int32)
+        if context is not None:
+            return CrossState(start, *self._key_value(context), context_positions)
+        dtype = dtype or self.dtype or self.param_dtype
+        return SelfState(start, release(self.mechanism).init(batch, max_length, self.num_kv_heads, self.head_size,
+                                                             self.value_size, dtype))
+
+    def step(self, state, x, *, hooks=None, layer=0):
+        """Attends from the next tokens to all tokens so far, which it remembers, or to the context.
+
+        Args:
+          state: from :meth:`init_state` or the step before.
+          x: [B, t, D], the next t tokens; t = 1 decodes, t > 1 prefills.
+          hooks, layer: as in the call.
+
+        Returns:
+          ``(state, [B, t, out_features])``.
+        """
+        hooks, mechanism = bind_hooks(hooks, layer), release(self.mechanism)
+        pairs = pair_hooks(mechanism, hooks)
+        query = self._query(x)
+        positions = state.position + jnp.arange(x.shape[1], dtype=jnp.int32)
+        if isinstance(state, CrossState):
+            query, key, value, at = self._prepare(hooks, query, state.key, state.value, positions, state.key_positions)
+            out = mechanism(query, key, value, query_positions=positions, key_positions=state.key_positions, **pairs)
+        else:
+            query, key, value, at = self._prepare(hooks, query, *self._key_value(x), positions, positions)
+            inner, out = mechanism.step(state.mechanism, query, key, value, **pairs)
+            state = state._replace(mechanism=inner)
+        return state._replace(position=state.position + x.shape[1]), self._finish(hooks, out, at, x)
+
+    def _query(self, x):
+        check_sequence("x", x, self.features)
+        query = constrain(self.query(x), "batch", "sequence", "heads", None)
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def _key_value(self, context):
+        check_sequence("context", context, self.context_features)
+        key, value = (constrain(project(context), "batch", "sequence", "kv_heads", None) for project in (self.key, self.value))
+        return key if self.key_norm is None else self.key_norm(key), value
+
+    def _prepare(self, hooks, query, key, value, positions, key_positions):
+        if self.position is not None:
+            query, key = release(self.position)(query, key, positions, key_positions)
+        at = at_heads(self.num_heads, query, key, positions, key_positions) if hooks else None
+        if "qkv" in hooks:
+            query, key, value = hooks["qkv"]((query, key, value), at)
+        return query, key, value, at
+
+    def _finish(self, hooks, out, at, x):
+        if "output" in hooks:
+            out = hooks["output"](out, at)
+        if self.gate is not None:
+            out = out * jax.nn.sigmoid(self.gate(x))
+        return self.out(out)

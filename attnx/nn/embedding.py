@@ -1,0 +1,78 @@
+"""Tokens to vectors and back."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import initializers
+from flax.nnx.nn.dtypes import promote_dtype
+
+from attnx.nn.common import constrain, logical_axes
+from attnx.positions import learned, sinusoidal
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, optionally with position vectors added, and its use as an output projection.
+
+        e_t = [sqrt(D)] table[token_t] + position vector of p_t,        logits(x) = x table^T  (tied)  or  x W_out
+
+    Args:
+      vocab_size: V, number of tokens.
+      features: D, size of a vector.
+      tied: whether logits come from the table itself; otherwise from a projection of its own.
+      scaled: whether token vectors are multiplied by sqrt(D).
+      position: 'sinusoidal', 'learned', or None for no position vectors.
+      max_length: number of positions that 'learned' tells apart.
+      dtype, param_dtype: as in ``nnx.Embed``.
+      embedding_init: initialiser of the tables and of the output projection.
+      rngs: the generator of initial values.
+
+    Raises:
+      ValueError: for an unknown position, or 'learned' without ``max_length``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> embedding = Embedding(256, 8, rngs=nnx.Rngs(0))
+      >>> x = embedding(jnp.zeros((1, 3), int))
+      >>> x.shape, embedding.logits(x).shape
+      ((1, 3, 8), (1, 3, 256))
+    """
+
+    def __init__(self, vocab_size, features, *, tied=True, scaled=False, position=None, max_length=None, dtype=None, param_dtype=jnp.float32,
+                 embedding_init=initializers.normal(0.02), rngs):
+        if position not in (None, "sinusoidal", "learned"):
+            raise ValueError(f"position: expected 'sinusoidal', 'learned' or None, got {position!r}")
+        if position == "learned" and max_length is None:
+            raise ValueError("max_length: expected the number of learned positions, got None")
+
+        def table(rows, axis):
+            return nnx.Param(embedding_init(rngs.params(), (rows, features), param_dtype), **logical_axes(axis, "embed"))
+
+        self.vocab_size, self.features, self.scaled, self.position, self.dtype = vocab_size, features, scaled, position, dtype
+        self.table = table(vocab_size, "vocab")
+        self.output = nnx.data(None) if tied else table(vocab_size, "vocab")
+        self.positions = table(max_length, None) if position == "learned" else nnx.data(None)
+
+    def __call__(self, tokens, positions=None):
+        """tokens [B, T] -> [B, T, D]; ``positions`` [T] or [B, T], by default 0 .. T-1."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens: expected integers of shape [B, T], got {tokens.dtype} {tokens.shape}")
+        table, = promote_dtype((self.table[...],), dtype=self.dtype)
+        x = table[tokens]
+        if self.scaled:
+            x = x * math.sqrt(self.features)
+        if self.position is None:
+            return x
+        positions = jnp.arange(tokens.shape[1]) if positions is None else positions
+        if self.position == "learned":
+            return x + learned(positions, self.positions[...]).astype(x.dtype)
+        return x + sinusoidal(positions, self.features, dtype=x.dtype)
+
+    def logits(self, x):
+        """x [B, T, D] -> [B, T, V], accumulated and returned in at least float32."""
+        table = self.table if self.output is None else self.output
+        x, table = promote_dtype((x, table[...]), dtype=self.dtype)
+        return jax.lax.dot_general(x, table, (((2,), (1,)), ((), ())),
+                                   preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,39 @@
+"""Normalisation by name."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx.nn.common import logical_axes
+
+
+def make_norm(kind, features, *, axis="embed", dtype=None, param_dtype=jnp.float32, rngs):
+    """A normalisation over the last axis: one of Flax's, or your own.
+
+    Args:
+      kind: 'rms' (``x / rms(x) * scale``), 'layer' (``(x - mean) / std * scale + bias``), or a constructor that is called as
+        ``kind(features, dtype=..., param_dtype=..., rngs=...)``.
+      features: size of the last axis.
+      axis: logical name of that axis.
+      dtype, param_dtype, rngs: as in Flax.
+
+    Returns:
+      A module that maps [..., features] to the same.
+
+    Raises:
+      ValueError: for a name that is not known.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> make_norm('rms', 2, rngs=nnx.Rngs(0))(jnp.array([3.0, 3.0])).round(3).tolist()
+      [1.0, 1.0]
+    """
+    common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    if callable(kind):
+        return kind(features, **common)
+    names = logical_axes(axis)
+    if kind == "rms":
+        return nnx.RMSNorm(features, scale_metadata=names, **common)
+    if kind == "layer":
+        return nnx.LayerNorm(features, scale_metadata=names, bias_metadata=names, **common)
+    raise ValueError(f"norm: expected 'rms', 'layer' or a constructor, got {kind!r}")

@@ -1,0 +1,57 @@
+"""Clipped softmax: probabilities that reach exactly 0 and 1 at finite scores.
+
+Bondarenko, Nagel, Blankevoort: "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do Nothing" (2023, arXiv 2306.12929):
+
+    w_ij = clip((zeta - gamma) softmax(s)_ij + gamma, 0, 1)
+
+Not homogeneous in the normaliser, so it is a weight given a row statistic (the residual of softmax).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from attnx.core.checks import check_real
+from pallas_kernels.parts import Operand, Softmax, Weights, part
+
+
+@part
+class ClippedSoftmax(Weights):
+    """See :func:`clipped_softmax`."""
+
+    gamma: Any
+    zeta: Any
+
+    @property
+    def statistics(self):
+        return (_Residual(),)
+
+    def operands(self, sizes):
+        return tuple(Operand(x, ()) for x in (self.gamma, self.zeta))
+
+    def weight(self, s, statistics, gamma, zeta):
+        gamma, zeta = gamma.astype(s.dtype), zeta.astype(s.dtype)
+        return jnp.clip((zeta - gamma) * jnp.exp(s - statistics[0]) + gamma, 0, 1)
+
+
+@part
+class _Residual(Softmax):
+    """Softmax's residual, deaf to the operands of the weight it serves."""
+
+    def shift(self, s, *_):
+        return s
+
+
+def clipped_softmax(gamma=-0.03, zeta=1.0) -> Weights:
+    """Softmax stretched to (gamma, zeta) and clipped to [0, 1].
+
+    Args:
+      gamma: at most 0; scores whose probability is below ``-gamma / (zeta - gamma)`` get weight 0 and no gradient.
+      zeta: at least 1.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> q, k = jnp.ones((1, 1, 1, 1)), jnp.array([9.0, -9.0]).reshape(1, 2, 1, 1)
+    >>> attnx.attention_weights(q, k, weights=attnx.weights.clipped_softmax(zeta=1.03))
+    Array([[[[1., 0.]]]], dtype=float32)
+    """
+    return ClippedSoftmax(check_real("gamma", gamma, ranks=(0,)), check_real("zeta", zeta, ranks=(0,)))

@@ -1,0 +1,1 @@
+"""Tile mathematics and fused kernels, usable without the rest of the library."""

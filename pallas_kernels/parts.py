@@ -1,0 +1,411 @@
+"""The protocol of parts: scores, masks and weights from which an attention is composed.
+
+A part is a frozen dataclass registered as a pytree: its arrays are leaves (so new values need no recompilation, and gradients
+reach them), the rest is static. A part never touches its arrays inside a tile: :meth:`Part.operands` declares
+them with the meaning of each axis, and the execution hands their *blocks* to the tile functions. The axes decide everything an execution
+needs to know - how a block is cut, how its gradient accumulates, whether it travels with the keys around a ring:
+
+    'batch', 'head', 'kv_head'   the tile has one; removed from the block (size 1 broadcasts)
+    'query'                      rows of the tile: stays with the queries
+    'key'                        columns of the tile: travels with the keys
+    'offset'                     a table over j - i; the tile sees its [bq, bk] diagonal bands
+    None                         handed over whole, as a trailing axis
+
+A block is at least two-dimensional: [bq or 1, bk or 1, *None axes].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class At(NamedTuple):
+    """Where a tile lies, in logical positions (int32, -1 = padding): predicates see these, never storage indices."""
+
+    batch: Any  # scalar
+    head: Any  # scalar, the query's head
+    query: Any  # [bq, 1]
+    key: Any  # [1, bk]
+
+
+class Operand(NamedTuple):
+    """An array that a part reads tile by tile, with the meaning of each of its axes."""
+
+    array: Any
+    axes: tuple[str | None, ...]
+
+
+class Sizes(NamedTuple):
+    """The static sizes of a call, for parts that build their operands from them.
+
+    ``offsets`` is the inclusive range of key position minus query position that an 'offset' operand covers.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    offsets: tuple[int, int]
+    dtype: Any
+
+
+class Range(NamedTuple):
+    """The smallest and the largest value that a block holds."""
+
+    low: Any
+    high: Any
+
+
+class Cover(NamedTuple):
+    """What is certain of a tile without looking at its pairs: may ``some`` be allowed; is ``every`` one."""
+
+    some: Any
+    every: Any
+
+
+class Blocks(NamedTuple):
+    """The operands, or their blocks, by the part they belong to; ``scores`` has a tuple for each score."""
+
+    scores: tuple = ()
+    mask: tuple = ()
+    weights: tuple = ()
+
+
+def static(**kwargs):
+    """A dataclass field that is part of the program rather than an array; it must be hashable."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def part(cls):
+    """Class decorator: a frozen dataclass registered as a pytree whose non-static fields are its leaves."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=True)(cls))
+
+
+class Part:
+    """What scores, masks and weights have in common."""
+
+    @property
+    def arity(self) -> int:
+        """How many operands the part has; one for each of its arrays unless it says otherwise."""
+        return len(jax.tree.leaves(self))
+
+    def operands(self, sizes: Sizes) -> tuple[Operand, ...]:
+        """The arrays that the tile functions read, in the order in which their blocks arrive."""
+        if jax.tree.leaves(self):
+            raise NotImplementedError(f"{type(self).__name__} holds arrays and must say in operands() what their axes mean")
+        return ()
+
+    def as_jax_nn(self) -> dict | None:
+        """The part as keyword arguments of ``jax.nn.dot_product_attention``, or None where that function cannot express it."""
+        return None
+
+
+class Score(Part):
+    """A change of the scores: ``tile(s, at, *blocks) -> s``, elementwise in s, jnp only, no arrays but the blocks."""
+
+    def tile(self, s, at: At, *blocks):
+        raise NotImplementedError
+
+
+class Similarity(Score):
+    """Replaces the dot product: ``pair(q [bq, H], k [bk, H], at, *blocks) -> s [bq, bk]``. The first of the scores, and alone of its kind."""
+
+    def pair(self, q, k, at: At, *blocks):
+        raise NotImplementedError
+
+
+class Mask(Part):
+    """Which pairs are allowed. Masks compose with ``&``, ``|`` and ``~``."""
+
+    def tile(self, at: At, *blocks):
+        """Booleans that broadcast to [bq, bk]."""
+        raise NotImplementedError
+
+    def block(self, query: Range, key: Range, *ranges: Range) -> Cover:
+        """What the ranges of positions and operands tell of a whole tile; saying nothing is always right."""
+        return Cover(True, False)
+
+    def count(self, query, key: Range):
+        """How many of the keys at positions key.low..key.high each query position sees, or None where no closed form is known."""
+        return None
+
+    def reach(self) -> int | None:
+        """How many positions before its own a query may see at the most (what a rolling cache must keep), or None for any number."""
+        return None
+
+    def __and__(self, other):
+        return And(self, _mask(other)) if other is not None else self
+
+    def __or__(self, other):
+        return Or(self, _mask(other))
+
+    def __invert__(self):
+        return self.mask if isinstance(self, Not) else Not(self)
+
+
+def _mask(other):
+    if not isinstance(other, Mask):
+        raise TypeError(f"mask: masks combine with masks, got {type(other).__name__}; wrap an array in attnx.masks.explicit")
+    return other
+
+
+class _Pair(Mask):
+    @property
+    def arity(self):
+        return self.a.arity + self.b.arity
+
+    def operands(self, sizes):
+        return (*self.a.operands(sizes), *self.b.operands(sizes))
+
+    def _both(self, method, *args):
+        *args, blocks = args
+        n = self.a.arity
+        return getattr(self.a, method)(*args, *blocks[:n]), getattr(self.b, method)(*args, *blocks[n:])
+
+
+@part
+class And(_Pair):
+    """Pairs that both masks allow."""
+
+    a: Mask
+    b: Mask
+
+    def tile(self, at, *blocks):
+        a, b = self._both("tile", at, blocks)
+        return a & b
+
+    def block(self, query, key, *ranges):
+        a, b = self._both("block", query, key, ranges)
+        return Cover(jnp.logical_and(a.some, b.some), jnp.logical_and(a.every, b.every))
+
+    def reach(self):
+        known = [r for r in (self.a.reach(), self.b.reach()) if r is not None]
+        return min(known, default=None)
+
+    def as_jax_nn(self):
+        a, b = self.a.as_jax_nn(), self.b.as_jax_nn()
+        return None if a is None or b is None or a.keys() & b.keys() else {**a, **b}
+
+
+@part
+class Or(_Pair):
+    """Pairs that at least one mask allows."""
+
+    a: Mask
+    b: Mask
+
+    def tile(self, at, *blocks):
+        a, b = self._both("tile", at, blocks)
+        return a | b
+
+    def block(self, query, key, *ranges):
+        a, b = self._both("block", query, key, ranges)
+        return Cover(jnp.logical_or(a.some, b.some), jnp.logical_or(a.every, b.every))
+
+    def reach(self):
+        both = (self.a.reach(), self.b.reach())
+        return None if None in both else max(both)
+
+
+@part
+class Not(Mask):
+    """Pairs that the mask forbids."""
+
+    mask: Mask
+
+    @property
+    def arity(self):
+        return self.mask.arity
+
+    def operands(self, sizes):
+        return self.mask.operands(sizes)
+
+    def tile(self, at, *blocks):
+        return ~self.mask.tile(at, *blocks)
+
+    def block(self, query, key, *ranges):
+        cover = self.mask.block(query, key, *ranges)
+        return Cover(jnp.logical_not(cover.every), jnp.logical_not(cover.some))
+
+    def count(self, query, key):
+        inner = self.mask.count(query, key)
+        return None if inner is None else key.high - key.low + 1 - inner
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+class Sum(NamedTuple):
+    """The explicit statistic ``r = finish(sum_j phi(s_ij, earlier, *operands), earlier, *operands)``; finish is elementwise and smooth."""
+
+    phi: Callable
+    finish: Callable
+
+
+class Root(NamedTuple):
+    """The statistic r that solves ``sum_j phi(s_ij, r, earlier, *operands) = target``.
+
+    phi is non-increasing and convex in r; ``bracket(row maximum, number of allowed keys) -> (low, high)`` encloses the root.
+    Solved by Newton steps from the left, which cannot overshoot, kept inside the bracket by bisection against rounding.
+    """
+
+    phi: Callable
+    target: float
+    bracket: Callable
+
+
+class Weights(Part):
+    """Weights given row statistics: ``weight(s, statistics, *blocks)``, elementwise in s; the statistics a tuple of [bq, 1].
+
+    ``statistics`` lists them: a :class:`Sum`, a :class:`Root`, or an :class:`Exponential` member, whose residual ``log sum_j den_ij`` it then is.
+    Each may use those before it. An empty list is an elementwise weight (sigmoid, ReLU). s = 0 with all statistics 0 must give
+    finite values.
+    """
+
+    statistics: tuple = ()
+
+    def weight(self, s, statistics, *blocks):
+        raise NotImplementedError
+
+
+class Exponential(Weights):
+    """The signed exponential family: ``w_ij = num(s_ij, r_i)``, ``r_i = log sum_j den(s_ij)``. Folds in one pass, and merges.
+
+    ``shift(s)`` is a safe exponent to subtract (None: zero always does) and ``terms(s, m) -> (num, den)`` obeys
+    ``terms(s, m) = e^-m terms(s, 0)``, finite for every m >= shift(s), with den >= 0. Return the same object twice where num is den.
+    """
+
+    def shift(self, s, *blocks):
+        raise NotImplementedError
+
+    def terms(self, s, m, *blocks):
+        raise NotImplementedError
+
+    def sink(self, sizes: Sizes) -> Operand | None:
+        """An extra logit in every row's normaliser with no value behind it (axes among batch, head, query), or None."""
+        return None
+
+    @property
+    def statistics(self):
+        return (self,)
+
+    def weight(self, s, statistics, *blocks):
+        return self.terms(s, statistics[0], *blocks)[0]
+
+
+@part
+class Softmax(Exponential):
+    """``w_ij = e^(s_ij / tau_i) / (e^sink + sum_j e^(s_ij / tau_i))``: the default weights. See :func:`attnx.weights.softmax`."""
+
+    extra: Any = None
+    temperature: Any = None
+
+    @property
+    def arity(self):
+        return 0 if self.temperature is None else 1
+
+    def operands(self, sizes):
+        if self.temperature is None:
+            return ()
+        axes = {0: (), 1: ("query",), 3: ("batch", "query", "head")}[jnp.ndim(self.temperature)]
+        return (Operand(self.temperature, axes),)
+
+    def sink(self, sizes):
+        return None if self.extra is None else Operand(self.extra, ("head",) * jnp.ndim(self.extra))
+
+    def shift(self, s, *temperature):
+        return s / temperature[0].astype(s.dtype) if temperature else s
+
+    def terms(self, s, m, *temperature):
+        e = jnp.exp(self.shift(s, *temperature) - m)
+        return e, e
+
+    def as_jax_nn(self):
+        return {} if self.extra is None and self.temperature is None else None
+
+
+# What a sum over keys is made of: (s, rows, *weight operands) -> (weight of the values or None, tuple of summands).
+
+
+class FusedTerms(NamedTuple):
+    """Weight and normaliser of an exponential member at its residual."""
+
+    family: Exponential
+    weighs_values, sums = True, 1
+
+    def __call__(self, s, rows, *blocks):
+        num, den = self.family.terms(s, rows[0], *blocks)
+        return num, (den,)
+
+
+class WeightTerms(NamedTuple):
+    """The weight of the values at given statistics."""
+
+    weights: Weights
+    weighs_values, sums = True, 0
+
+    def __call__(self, s, rows, *blocks):
+        return self.weights.weight(s, rows, *blocks), ()
+
+
+class StatisticTerms(NamedTuple):
+    """The summand of a statistic. The rows are the earlier statistics and, unless it is a Sum, its own value last."""
+
+    statistic: Any
+    weighs_values, sums = False, 1
+
+    def __call__(self, s, rows, *blocks):
+        which = self.statistic
+        if isinstance(which, Sum):
+            return None, (which.phi(s, rows, *blocks),)
+        if isinstance(which, Root):
+            return None, (which.phi(s, rows[-1], rows[:-1], *blocks),)
+        return None, (which.terms(s, rows[-1], *blocks)[1],)
+
+
+class SlopeTerms(NamedTuple):
+    """Summand of a Root and its derivative in the root: what a Newton step needs."""
+
+    statistic: Root
+    weighs_values, sums = False, 2
+
+    def __call__(self, s, rows, *blocks):
+        r = jnp.broadcast_to(rows[-1], s.shape)
+        return None, jax.jvp(lambda r: self.statistic.phi(s, r, rows[:-1], *blocks), (r,), (jnp.ones_like(s),))
+
+
+# Programs -----------------------------------------------------------------------------------------------------------
+
+
+class _Hole:
+    """Stands for an array in the static half of a part, so that ``field is not None`` still tells which arrays exist."""
+
+    def __repr__(self):
+        return "array"
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("a part read one of its arrays inside a tile; declare it in operands() and use the block")
+
+
+HOLE = _Hole()
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The static half of a composed attention: what a tile function closes over. Hashable, free of arrays."""
+
+    scores: tuple[Score, ...]
+    mask: Mask | None
+    weights: Weights
+    scale: float
+    dropout_rate: float = 0.0
+
+
+def strip(tree):
+    """A part with every array replaced by a placeholder: hashable, and an error when a tile function reaches for the array."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [HOLE] * len(leaves))
