@@ -60,7 +60,8 @@ def attention(
       return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
         -inf for rows that attend to nothing. Exponential weights only.
       block_sizes: (queries, keys) of a tile in "blockwise"; chosen by default.
-      hooks: functions of the materialised "scores" or "weights" [B, N, T, S]; they force "reference".
+      hooks: ``{stage: (value, at) -> value}`` on the materialised 'scores' or 'weights' [B, N, T, S]; they force "reference". ``at`` holds
+        integer arrays that broadcast against the value.
 
     Returns:
       [B, T, N, Hv] in the query's dtype; with return_residual the pair (out, r), r in float32 (float64 for float64).
@@ -78,20 +79,16 @@ def attention(
     >>> attnx.attention(x, x[:, :, :2], x[:, :, :2], mask=attnx.masks.causal()).shape
     (1, 16, 4, 8)
     """
-    scores, seed, dropout_rate = _check(query, key, value, scores, mask, weights, dropout_rate, dropout_key)
-    scale = checks.check_scale(scale, query.shape[3])
-    query_positions = checks.check_positions("query_positions", query_positions, query.shape[0], query.shape[1])
-    key_positions = checks.check_positions("key_positions", key_positions, key.shape[0], key.shape[1])
+    chosen = _choose(implementation, hooks)
+    weights, program, data = prepare(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate,
+                                     dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if return_residual:
         checks.check_exponential("return_residual", weights)
-    chosen = _choose(implementation, hooks)
     if chosen == "cudnn":
-        return cudnn.attention(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate,
-                               positions=(query_positions, key_positions), return_residual=return_residual)
+        return cudnn.attention(query, key, value, scores=scores, mask=mask, weights=weights, scale=program.parts.scale,
+                               dropout_rate=program.parts.dropout_rate, positions=(query_positions, key_positions), return_residual=return_residual)
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         return _nothing(query, value, return_residual)
-    program, data = bind(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate, seed=seed,
-                         query_positions=query_positions, key_positions=key_positions)
     sink = sink_of(program, weights)
     if chosen == "reference":
         out, r = _reference(program, data, sink) if not hooks else with_sink(*reference.output(program, data, hooks), sink)
@@ -99,6 +96,19 @@ def attention(
         out, r = _blockwise(Blockwise(program, choose_tiling(program, data, block_sizes)), data, sink)
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
+
+
+def prepare(query, key, value, *, scores=(), mask=None, weights=Softmax(), scale=None, dropout_rate=0.0, dropout_key=None,
+            query_positions=None, key_positions=None) -> tuple[Weights, Program, Data]:
+    """The checked arguments of a call as its weights, static program and arrays."""
+    checks.check_query_key_value(query, key, value)
+    scores = checks.check_parts(scores, mask, weights)
+    dropout_rate, seed = checks.check_dropout(dropout_rate, dropout_key)
+    program, data = bind(query, key, value, scores=scores, mask=mask, weights=weights, scale=checks.check_scale(scale, query.shape[3]),
+                         dropout_rate=dropout_rate, seed=seed,
+                         query_positions=checks.check_positions("query_positions", query_positions, *query.shape[:2]),
+                         key_positions=checks.check_positions("key_positions", key_positions, *key.shape[:2]))
+    return weights, program, data
 
 
 @partial(jax.jit, static_argnums=0)
@@ -126,13 +136,6 @@ def with_sink(out, r, sink):
     sink = jnp.broadcast_to(sink.astype(r.dtype), shape)
     merged, total = tile.merge((out, r[..., 0]), (nothing, sink[..., 0]))
     return merged, total[..., None]
-
-
-def _check(query, key, value, scores, mask, weights, dropout_rate, dropout_key):
-    checks.check_query_key_value(query, key, value)
-    scores = checks.check_parts(scores, mask, weights)
-    dropout_rate, seed = checks.check_dropout(dropout_rate, dropout_key)
-    return scores, seed, dropout_rate
 
 
 def _choose(implementation, hooks):

@@ -1,14 +1,15 @@
-"""Long convolutions and moving averages along time, in forms that agree: direct, by FFT, by scan, and step by step.
+"""Convolutions and moving averages along time, of any length, in forms that agree: direct, by FFT, by chunks, and step by step.
 
-    convolution   y_t = sum over i of  kernel_i * x_(t - i + origin)             a channel at a time
-    ema           h_t = decay * h_(t-1) + gain * x_t,   y_t = Re <readout, h_t>      the same with kernel_i = Re <readout, gain decay^i>
+    convolution   y_t = sum over i of  kernel_i * x_(t - i + origin)             each channel by itself
+    ema           h_t = decay * h_(t-1) + gain * x_t,   y_t = Re <readout, h_t>      a convolution with kernel_i = Re <readout, gain decay^i>
 
 The first covers short convolutions, token shifts, long and oversized kernels, one- and two-sided; the second the damped
-multi-dimensional moving average of Mega and the diagonal state-space models. Sums and states are kept in at least float32, outputs have the
-dtype of x. Everything is linear in x, O(T) in memory, and differentiable in both modes.
+multi-dimensional average of Mega and diagonal state-space models. Sums and states are kept in at least float32, outputs have the
+dtype of x. Everything is linear in x, takes O(T) memory, and can be differentiated in both modes.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ from jaxtyping import Array, Float, Inexact, Int, Real
 from attnx.core.checks import check_integer, check_integers, describe
 from pallas_kernels.tile import accumulator_dtype
 
-# Up to this many taps the direct form is chosen over the FFT.
+# Up to this many taps, or outputs, the direct form is chosen over the FFT.
 SHORT = 64
 
-# Steps that the scan form of an EMA takes in parallel.
-CHUNK = 128
+# Steps of a chunk in the chunked form of an EMA.
+CHUNK = 64
 
 
 def _fast_length(n: int) -> int:
@@ -36,7 +37,7 @@ def _check_input(x):
 
 
 def _check_segments(segment_ids, shape):
-    segment_ids = check_integers("segment_ids", segment_ids, ranks=(1, 2))
+    segment_ids = check_integers("segment_ids", segment_ids, ranks=(1, len(shape)))
     if segment_ids.shape not in (shape, shape[-1:]):
         raise ValueError(f"segment_ids: expected shape {list(shape)} or {list(shape[-1:])}, got {describe(segment_ids)}")
     return jnp.broadcast_to(segment_ids, shape)
@@ -51,21 +52,31 @@ def _check_implementation(implementation, known):
 
 
 def _direct(x, kernel, segments):
-    """Valid correlation of x [L - 1 + T, D] with kernel [L, D], a tap at a time; ``segments`` [L - 1 + T, D] or None."""
-    length = x.shape[0] - kernel.shape[0] + 1
-    here = None if segments is None else segments[kernel.shape[0] - 1 :]
+    """Valid correlation of x [L - 1 + T, D] with kernel [L, D]; ``segments`` [L - 1 + T, D] or None.
 
-    # Recomputing a tap in the backward pass keeps memory at O(T), however long the kernel.
+    One step for each tap or, where they are fewer, for each output. Recomputing the step in the backward pass keeps memory at O(T + L).
+    """
+    taps = kernel.shape[0]
+    length = x.shape[0] - taps + 1
+    here = None if segments is None else segments[taps - 1 :]
+
+    def seen(start, size, of):
+        window = lax.dynamic_slice_in_dim(x, start, size)
+        return window if segments is None else jnp.where(lax.dynamic_slice_in_dim(segments, start, size) == of, window, 0)
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tap(y, at):
         i, weight = at
-        seen = lax.dynamic_slice_in_dim(x, i, length)
-        if segments is not None:
-            seen = jnp.where(lax.dynamic_slice_in_dim(segments, i, length) == here, seen, 0)
-        return y + weight * seen, None
+        return y + weight * seen(i, length, here), None
 
-    taps = (jnp.arange(kernel.shape[0]), kernel)
-    return lax.scan(tap, jnp.zeros_like(x[:length]), taps, unroll=kernel.shape[0] <= 8)[0]
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def output(_, at):
+        t, of = at
+        return None, jnp.sum(kernel * seen(t, taps, of), axis=0)
+
+    if taps <= length:
+        return lax.scan(tap, jnp.zeros_like(x[:length]), (jnp.arange(taps), kernel), unroll=taps <= 8)[0]
+    return lax.scan(output, None, (jnp.arange(length), here), unroll=length <= 8)[1]
 
 
 def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origin: int = 0, history: Float[Array, "*B P C"] | None = None,
@@ -80,7 +91,7 @@ def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origi
       history: [..., P, C], inputs that came before x; the last L - 1 - origin of them matter.
       segment_ids: int [..., P + T] or [P + T], over history and x: only inputs of the same segment meet.
       implementation: 'direct', O(T L) and exact to rounding of each product; 'fft', O((T + L) log(T + L)), with rounding errors relative to the
-        largest outputs; None takes 'direct' for segments and for at most 64 taps.
+        largest outputs; None takes 'direct' for segments and for at most 64 taps or outputs.
 
     Returns:
       [..., T, C] in the dtype of x.
@@ -119,7 +130,7 @@ def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origi
     seen, past = seen[..., drop:, :].astype(dtype), past - drop
     taps = kernel.shape[0]
 
-    if implementation == "fft" or (implementation is None and segment_ids is None and taps > SHORT):
+    if implementation == "fft" or (implementation is None and segment_ids is None and min(taps, time) > SHORT):
         n = _fast_length(max(time + taps - 1 - origin, past + time + origin))  # what wraps around misses the outputs
         y = jnp.fft.irfft(jnp.fft.rfft(seen, n, axis=-2) * jnp.fft.rfft(kernel, n, axis=0), n, axis=-2)
         return y[..., past + origin : past + origin + time, :].astype(x.dtype)
@@ -196,15 +207,13 @@ def _coefficients(decay, gain, readout, channels, dtype):
     return tuple(jnp.broadcast_to(jnp.asarray(a, precision), shape) for a in (decay, gain, readout))
 
 
-def _powers(decay, first: int, length: int):
-    """decay^first ... decay^(first + length - 1), [length, C, n]."""
-    return decay ** jnp.arange(first, first + length, dtype=jnp.int32)[:, None, None]
+def _powers(decay, exponents):
+    """decay^i for each of the exponents, [.., C, n]."""
+    return decay ** jnp.asarray(exponents, jnp.int32)[:, None, None]
 
 
-# Recomputed in the backward pass: the powers of n decays are n times the kernel's size.
-@functools.partial(jax.checkpoint, static_argnums=(3,))
-def _kernel(decay, gain, readout, length):
-    return jnp.sum((gain * readout) * _powers(decay, 0, length), axis=-1).real
+# Decays multiply up to T times, so products of their powers want every bit, also where float32 matrix products default to less.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"], length: int) -> Float[Array, "L C"]:
@@ -215,35 +224,43 @@ def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readou
     >>> ema_kernel(jnp.array([[0.5]]), jnp.array([[1.0]]), jnp.array([[2.0]]), 3)[:, 0]
     Array([2. , 1. , 0.5], dtype=float32)
     """
-    dtype = accumulator_dtype(jnp.result_type(decay, gain, readout, jnp.bfloat16)).type(0).real.dtype
-    return _kernel(*_coefficients(decay, gain, readout, None, dtype), check_integer("length", length, least=0))
+    dtype = jnp.finfo(accumulator_dtype(jnp.result_type(decay, gain, readout))).dtype
+    decay, gain, readout = _coefficients(decay, gain, readout, None, dtype)
+    if not check_integer("length", length, least=0):
+        return jnp.zeros((0, decay.shape[0]), dtype)
+    stride = math.isqrt(length - 1) + 1  # decay^(j stride + r) as a product: sqrt(length) powers, and a matrix product in place of the others
+    coarse = gain * readout * _powers(decay, range(0, length, stride))
+    fine = _powers(decay, range(stride))
+    return _einsum("jcn,rcn->jrc", coarse, fine).real.reshape(-1, decay.shape[0])[:length]
 
 
-def _by_scan(x, decay, gain, readout, state, segments):
-    """Chunks in sequence, the steps of a chunk in parallel: ``(y [B, T, C], state [B, C, n])`` of x [B, T, C]."""
-    batch, time, channels = x.shape
-    chunk = min(CHUNK, time)
-    count = -(-time // chunk)
+def _by_chunks(x, decay, gain, readout, state, entry, runs, chunk):
+    """``(y, state)`` of x [B, T, C], T a multiple of ``chunk``: within chunks by convolution, between them by their last states.
 
-    def chunks(a, fill):
-        a = jnp.pad(a, ((0, 0), (0, count * chunk - time), *((0, 0),) * (a.ndim - 2)), constant_values=fill)
-        return jnp.moveaxis(a.reshape(a.shape[0], count, chunk, *a.shape[2:]), 1, 0)
+    ``runs`` [B, T] numbers the segments or is None, ``entry`` [B] is the number of the one that ``state`` belongs to.
+    """
+    batch, _, channels = x.shape
+    x = x.reshape(batch, -1, chunk, channels)
+    y = convolution(x, ema_kernel(decay, gain, readout, chunk), segment_ids=None if runs is None else runs.reshape(x.shape[:3]),
+                    implementation="direct")
+    arriving, factor = x, _powers(decay, [chunk])
+    if runs is not None:
+        runs = runs.reshape(x.shape[:3])
+        last = runs[:, :, -1]
+        entry = jnp.concatenate([entry[:, None], last[:, :-1]], axis=1)
+        arriving = jnp.where((runs == last[:, :, None])[..., None], x, 0)
+        factor = jnp.where((entry == last)[..., None, None], factor, 0)
+    gained = gain * _einsum("bjrc,rcn->bjcn", arriving.astype(decay.dtype), _powers(decay, range(chunk - 1, -1, -1)))
 
     def compose(earlier, later):
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(state, at):
-        x, real, keep = at
-        factor = jnp.where(real[..., None, None], decay, 1) * keep[..., None, None]
-        factor, h = lax.associative_scan(compose, (factor, gain * x[..., None]), axis=1)
-        h = h + factor * state[:, None]
-        return h[:, -1], jnp.sum(readout * h, axis=-1).real
-
-    real = jnp.ones((1, time), bool)  # a step of padding leaves the state as it is
-    keep = real if segments is None else jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    state, y = lax.scan(body, state, (chunks(x, 0), chunks(real, False), chunks(keep, True)))
-    return jnp.moveaxis(y, 0, 1).reshape(batch, count * chunk, channels)[:, :time], state
+    factor, gained = lax.associative_scan(compose, (jnp.broadcast_to(factor, gained.shape), gained), axis=1)
+    states = jnp.concatenate([state[:, None], gained + factor * state[:, None]], axis=1)
+    carried = _einsum("bjcn,rcn->bjrc", readout * states[:, :-1], _powers(decay, range(1, chunk + 1))).real
+    if runs is not None:
+        carried = jnp.where((runs == entry[:, :, None])[..., None], carried, 0)
+    return (y + carried).reshape(batch, -1, channels), states[:, -1]
 
 
 def ema(x: Float[Array, "B T C"], decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"], *,
@@ -260,15 +277,15 @@ def ema(x: Float[Array, "B T C"], decay: Inexact[Array, "C n"], gain: Inexact[Ar
       decay, gain, readout: real or complex, broadcastable to [C, n]; |decay| <= 1 for a bounded state.
       initial_state: h_(-1), [B, C, n]; zero by default.
       segment_ids: int [B, T] or [T]; the state is forgotten where they change. The initial state belongs to the first segment.
-      implementation: 'direct' or 'fft', a :func:`convolution` with :func:`ema_kernel`, O(T^2) or O(T log T) time, O(T n) for the kernel; 'scan',
-        O(T n), in parallel over chunks of 128 steps, the only one that knows segments; None takes 'scan' for segments and otherwise 'fft'.
+      implementation: 'fft' or 'direct', a :func:`convolution` with :func:`ema_kernel`, O(T (n + log T)) or O(T^2); 'chunked', O(T (64 + n)), which passes
+        states between chunks of 64 steps and so alone knows states and segments; None takes 'fft' where neither is asked for.
       return_state: return the last state too.
 
     Returns:
       y [B, T, C] in the dtype of x; with ``return_state`` a pair with h_(T-1) [B, C, n], in at least float32.
 
     Raises:
-      ValueError: shapes that do not fit. NotImplementedError: segments with 'direct' or 'fft'.
+      ValueError: shapes that do not fit. NotImplementedError: states or segments with 'fft' or 'direct'.
 
     Sources: Ma et al., Mega: Moving Average Equipped Gated Attention, 2022, arXiv 2209.10655; Gu et al., On the Parameterization and
     Initialization of Diagonal State Space Models, 2022, arXiv 2206.11893.
@@ -278,34 +295,41 @@ def ema(x: Float[Array, "B T C"], decay: Inexact[Array, "C n"], gain: Inexact[Ar
     Array([0.5  , 0.25 , 1.125], dtype=float32)
     """
     _check_input(x)
-    _check_implementation(implementation, ("direct", "fft", "scan"))
+    _check_implementation(implementation, ("direct", "fft", "chunked"))
     if x.ndim != 3:
         raise ValueError(f"x: expected shape [B, T, C], got {describe(x)}")
     batch, time, channels = x.shape
     dtype = accumulator_dtype(x.dtype)
     decay, gain, readout = _coefficients(decay, gain, readout, channels, dtype)
+    stateful = initial_state is not None or segment_ids is not None or return_state
+    if stateful and implementation in ("direct", "fft"):
+        raise NotImplementedError(f"implementation: {implementation!r} knows neither states nor segment_ids; 'chunked' does")
     if initial_state is None:
         state = jnp.zeros((batch, *decay.shape), decay.dtype)
     elif initial_state.shape != (batch, *decay.shape):
         raise ValueError(f"initial_state: expected shape {[batch, *decay.shape]}, got {describe(initial_state)}")
     else:
         state = initial_state.astype(decay.dtype)
-    if segment_ids is not None:
-        segment_ids = _check_segments(segment_ids, (batch, time))
-        if implementation not in (None, "scan"):
-            raise NotImplementedError(f"implementation: {implementation!r} has one kernel for all time; segment_ids need 'scan'")
     if not x.size:
         return (x, state) if return_state else x
-    if implementation == "scan" or segment_ids is not None:
-        y, state = _by_scan(x.astype(dtype), decay, gain, readout, state, segment_ids)
-    else:
-        y = convolution(x.astype(dtype), _kernel(decay, gain, readout, time), implementation=implementation or "fft")
-        if initial_state is not None:
-            y = y + jnp.einsum("tcn,bcn->btc", readout * _powers(decay, 1, time), state).real
-        if return_state:
-            arrived = jnp.einsum("tcn,btc->bcn", _powers(decay, 0, time)[::-1], x.astype(decay.dtype))
-            state = decay**time * state + gain * arrived
-    return (y.astype(x.dtype), state) if return_state else y.astype(x.dtype)
+    if implementation != "chunked" and not stateful:
+        kernel = ema_kernel(decay, gain, readout, time)
+        return convolution(x.astype(dtype), kernel, implementation=implementation or "fft").astype(x.dtype)
+    runs = entry = None
+    if segment_ids is not None:
+        segment_ids = _check_segments(segment_ids, (batch, time))
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        runs = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        entry = runs[:, 0]
+    ys, whole = [], time - time % CHUNK
+    for start, stop, chunk in ((0, whole, CHUNK), (whole, time, time - whole)):
+        if start < stop:
+            here = None if runs is None else runs[:, start:stop]
+            y, state = _by_chunks(x[:, start:stop].astype(dtype), decay, gain, readout, state, entry, here, chunk)
+            entry = None if runs is None else runs[:, stop - 1]
+            ys.append(y.astype(x.dtype))
+    y = jnp.concatenate(ys, axis=1)
+    return (y, state) if return_state else y
 
 
 def ema_init(batch: int, decay: Inexact[Array, "C n"], dtype=jnp.float32) -> Inexact[Array, "B C n"]:
@@ -327,7 +351,7 @@ def ema_step(state: Inexact[Array, "B C n"], decay: Inexact[Array, "C n"], gain:
     >>> y[0, 0, 0]
     Array(0.75, dtype=float32)
     """
-    y, state = ema(x, decay, gain, readout, initial_state=state, implementation="scan", return_state=True)
+    y, state = ema(x, decay, gain, readout, initial_state=state, implementation="chunked", return_state=True)
     return state, y
 
 

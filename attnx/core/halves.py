@@ -1,0 +1,220 @@
+"""The two halves of attention, and attention from given scores: public, differentiable, for mechanisms that need only one.
+
+    r_i   = row statistics of the scores of i                 row_statistics
+    out_i = sum_j weight(s_ij, r_i) v_j                       apply, with r from anywhere: another mask, layer or axis
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnx.core import checks, operations, reference
+from attnx.core.attention import prepare, sink_of, with_sink
+from attnx.core.blockwise import Blockwise
+from attnx.core.program import Data, Program, bind_operand, unbind_output
+from attnx.core.tiling import choose_tiling
+from pallas_kernels import tile
+from pallas_kernels.parts import Exponential, Mask, Operand, Softmax, Weights
+
+
+def _implementation(name):
+    if name not in (None, "reference", "blockwise"):
+        raise NotImplementedError(f"implementation={name!r} has no separate halves; use 'blockwise', 'reference' or None")
+    return name or "blockwise"
+
+
+def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], *, implementation: str | None = None, block_sizes=None, **parts):
+    """The row statistics of the weights, without values.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      implementation: "reference", "blockwise" or None.
+      block_sizes: as in :func:`attnx.attention`.
+      **parts: scores, mask, weights, scale, query_positions, key_positions as in :func:`attnx.attention`.
+
+    Returns:
+      For exponential weights the residual [B, T, N] = log of the normaliser, sink included (-inf for an empty row); for others a tuple of the statistics,
+      each [B, T, N], empty for elementwise weights. In float32 (float64 for float64).
+
+    Cost: as attention without the product with values; differentiable in query, key and the parts' arrays.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> q = k = jnp.zeros((1, 4, 1, 8))
+    >>> attnx.row_statistics(q, k, mask=attnx.masks.causal())[0, :, 0]
+    Array([0.       , 0.6931472, 1.0986123, 1.3862944], dtype=float32)
+    """
+    weights, program, data = prepare(query, key, None, **parts)
+    if _implementation(implementation) == "reference":
+        rows = _reference_statistics(program, data)
+    else:
+        rows = _blockwise_statistics(Blockwise(program, choose_tiling(program, data, block_sizes)), data)
+    if isinstance(weights, Exponential):
+        (r,) = rows
+        sink = sink_of(program, weights)
+        return unbind_output(r if sink is None else with_sink(jnp.zeros_like(r), r, sink)[1], r.dtype)[..., 0]
+    return tuple(unbind_output(r, r.dtype)[..., 0] for r in rows)
+
+
+def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K Hv"], r, *,
+          implementation: str | None = None, block_sizes=None, **parts):
+    """Values weighed by ``weight(s_ij, r_i)`` with given row statistics.
+
+    Args:
+      query, key, value: as in :func:`attnx.attention`.
+      r: what :func:`row_statistics` returns: [B, T, N], or a tuple of them for weights outside the exponential family.
+      implementation, block_sizes, **parts: as there; dropout_rate and dropout_key too.
+
+    Returns:
+      [B, T, N, Hv] in the query's dtype. With ``r = row_statistics(query, key, **parts)`` it is attention.
+
+    Differentiable in everything, r included.
+
+    >>> import attnx, jax, jax.numpy as jnp
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8))
+    >>> bool(jnp.allclose(attnx.apply(q, k, v, attnx.row_statistics(q, k)), attnx.attention(q, k, v), atol=1e-6))
+    True
+    """
+    weights, program, data = prepare(query, key, value, **parts)
+    rows = tuple(r) if isinstance(r, (tuple, list)) else (r,)
+    if len(rows) != len(weights.statistics):
+        raise ValueError(f"r: expected {len(weights.statistics)} row statistics for {checks.describe(weights)}, got {len(rows)}")
+    for x in rows:
+        if jnp.shape(x) != query.shape[:3]:
+            raise ValueError(f"r: expected shape {list(query.shape[:3])} ([B, T, N]), got {checks.describe(x)}")
+    dtype = tile.accumulator_dtype(query.dtype)
+    b, k, g, t, _ = data.query.shape
+    rows = tuple(x.astype(dtype).transpose(0, 2, 1).reshape(b, k, g, t, 1) for x in rows)
+    if _implementation(implementation) == "reference":
+        out = _reference_apply(program, data, rows)
+    else:
+        out = _blockwise_apply(Blockwise(program, choose_tiling(program, data, block_sizes)), data, rows)
+    return unbind_output(out, query.dtype)
+
+
+def attention_weights(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], **parts) -> Float[Array, "B N T S"]:
+    """The weights themselves, for analysis: materialised, O(T S) memory.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      **parts: scores, mask, weights, scale, dropout, positions as in :func:`attnx.attention`.
+
+    Returns:
+      [B, N, T, S] in float32 (float64 for float64), 0 where the mask forbids.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> q = k = jnp.zeros((1, 2, 1, 8))
+    >>> attnx.attention_weights(q, k, mask=attnx.masks.causal())[0, 0]
+    Array([[1. , 0. ],
+           [0.5, 0.5]], dtype=float32)
+    """
+    weights, program, data = prepare(query, key, None, **parts)
+    return _weights(program, data, sink_of(program, weights))
+
+
+def attend_scores(scores: Float[Array, "... T S"], value: Float[Array, "... S Hv"], *, mask: Array | None = None,
+                  weights: Weights = Softmax(), return_weights: bool = False):
+    """Attention from given scores: pooling, additive attention, steering.
+
+    ::
+
+        out_i = sum_j weights(s_ij, statistics of row i) v_j
+
+    Args:
+      scores: [..., T, S]; a pooling has T = 1.
+      value: [..., S, Hv], leading axes broadcast against those of the scores.
+      mask: booleans that broadcast to the scores, true where the pair is allowed.
+      weights: see :mod:`attnx.weights`; its arrays must be single numbers.
+      return_weights: also return the weights [..., T, S].
+
+    Returns:
+      [..., T, Hv]; rows with nothing to attend to are zero. The scores exist already, so this is materialised, and differentiable to any
+      order in either mode.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> attnx.attend_scores(jnp.zeros((1, 4)), jnp.arange(4.0)[:, None])
+    Array([[1.5]], dtype=float32)
+    """
+    scores, value = jnp.asarray(scores), jnp.asarray(value)
+    for name, x in (("scores", scores), ("value", value)):
+        if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating-point array [..., T, S] and [..., S, Hv], got {checks.describe(x)}")
+    if scores.shape[-1] != value.shape[-2]:
+        raise ValueError(f"value: expected S = {scores.shape[-1]} rows as the scores {checks.describe(scores)} have columns, got {checks.describe(value)}")
+    checks.check_parts((), None, weights)
+    (t, s), lead = scores.shape[-2:], jnp.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+    flat = jnp.broadcast_to(scores, (*lead, t, s)).reshape(-1, t, s).astype(tile.accumulator_dtype(scores.dtype))[:, None, None]
+    ok = jnp.ones((), bool) if mask is None else jnp.asarray(mask)
+    if ok.dtype != bool:
+        raise TypeError(f"mask: expected booleans that broadcast to the scores {checks.describe(scores)}, got {checks.describe(mask)}")
+    ok = jnp.broadcast_to(ok, (*lead, t, s)).reshape(-1, t, s)[:, None, None]
+    ones = jnp.zeros((flat.shape[0], t, 1, 1), flat.dtype)  # a query and key of no content: only their sizes matter
+    _, program, data = prepare(ones, jnp.zeros((flat.shape[0], s, 1, 1), flat.dtype), None, weights=weights)
+    w, r = reference.weights(program, data, flat, ok)
+    sink = sink_of(program, weights)
+    if sink is not None:
+        w, _ = with_sink(w, r, sink)
+    w = w.reshape(*lead, t, s)
+    out = jnp.einsum("...ts,...sv->...tv", w.astype(value.dtype), value, preferred_element_type=tile.accumulator_dtype(value.dtype))
+    return (out.astype(value.dtype), w) if return_weights else out.astype(value.dtype)
+
+
+def merge(a, b):
+    """One attention from two over disjoint keys, under one normaliser.
+
+    ::
+
+        r = log(e^r_a + e^r_b),        out = out_a e^(r_a - r) + out_b e^(r_b - r)
+
+    Args:
+      a, b: pairs ``(out [B, T, N, Hv], r [B, T, N])`` as :func:`attnx.attention` returns with ``return_residual=True``. With a sink, give it to one
+        of the branches only.
+
+    Returns:
+      The merged pair; associative, commutative, and differentiable through out and r of both.
+
+    >>> import attnx, jax, jax.numpy as jnp
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 2, 8))
+    >>> near, far = (attnx.attention(q, k[:, s], v[:, s], return_residual=True) for s in (slice(0, 2), slice(2, 6)))
+    >>> bool(jnp.allclose(attnx.merge(near, far)[0], attnx.attention(q, k, v), atol=1e-6))
+    True
+    """
+    for name, pair in (("a", a), ("b", b)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or jnp.shape(pair[0])[:-1] != jnp.shape(pair[1]):
+            shapes = [jnp.shape(x) for x in pair] if isinstance(pair, (tuple, list)) else type(pair).__name__
+            raise ValueError(f"{name}: expected a pair (out [..., Hv], r [...]), got {shapes}")
+    return tile.merge(a, b)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reference_statistics(program: Program, data: Data):
+    return reference.statistics(program, data, *reference.scores(program, data))
+
+
+@partial(jax.jit, static_argnums=0)
+def _blockwise_statistics(executor: Blockwise, data: Data):
+    return operations.statistics(executor, data)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reference_apply(program: Program, data: Data, rows):
+    s, ok = reference.scores(program, data)
+    rows = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
+    w = jnp.where(ok, program.parts.weights.weight(jnp.where(ok, s, 0), rows, *data.operands.weights), 0)
+    return reference.values(data, reference.dropout(program, data, w))
+
+
+@partial(jax.jit, static_argnums=0)
+def _blockwise_apply(executor: Blockwise, data: Data, rows):
+    return operations.apply(executor, data, rows)
+
+
+@partial(jax.jit, static_argnums=0)
+def _weights(program: Program, data: Data, sink):
+    w, r = reference.weights(program, data, *reference.scores(program, data))
+    w = reference.dropout(program, data, w if sink is None else with_sink(w, r, sink)[0])
+    b, k, g, t, s = w.shape
+    return w.reshape(b, k * g, t, s)

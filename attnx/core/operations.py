@@ -181,9 +181,9 @@ def statistics(executor, data: Data):
         if isinstance(which, Exponential):
             r = attend(executor, which, data)[1]
         elif isinstance(which, Root):
-            r = root(executor, which, data, rows)
+            r = root(executor, which, data, _given(rows))
         else:
-            total = weigh(executor, StatisticTerms(which), data, rows)[1][0]
+            total = weigh(executor, StatisticTerms(which), data, _given(rows))[1][0]
             r = which.finish(total, rows, *row_operands(executor.program, data))
         rows = (*rows, r)
     return rows
@@ -196,7 +196,11 @@ def row_operands(program, data: Data):
 
 def apply(executor, data: Data, rows):
     """The output at given row statistics, [B, K, G, T, Hv]."""
-    return weigh(executor, WeightTerms(executor.program.parts.weights), data, rows)[0]
+    return weigh(executor, WeightTerms(executor.program.parts.weights), data, _given(rows))[0]
+
+
+def _given(rows):
+    return tuple(tile.given_rows(r) for r in rows)
 
 
 def output(executor, data: Data):

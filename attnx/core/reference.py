@@ -13,7 +13,7 @@ from attnx.core.operations import row_operands
 from attnx.core.program import Data, Program
 from attnx.core.tiling import Tiling, Where, over_lanes
 from pallas_kernels import tile
-from pallas_kernels.parts import Exponential, Root
+from pallas_kernels.parts import At, Exponential, Root
 
 
 def scores(program: Program, data: Data):
@@ -100,14 +100,16 @@ def weights(program: Program, data: Data, s, ok):
     return jnp.where(ok, chosen.weight(s, rows, *operands), 0), None
 
 
+def at_pairs(program: Program, data: Data):
+    """An ``At`` whose integer arrays broadcast against [B, K, G, T, S]."""
+    b, k, g, _, _ = data.query.shape
+    return At(jnp.arange(b).reshape(b, 1, 1, 1, 1), jnp.arange(k * g).reshape(1, k, g, 1, 1),
+              data.query_positions[:, None, None, :, None], data.key_positions[:, None, None, None, :])
+
+
 def dropout(program: Program, data: Data, w):
     """The weights with dropout applied."""
-    if not program.parts.dropout_rate:
-        return w
-    b, k, g, t, s = w.shape
-    head = jnp.arange(k * g).reshape(1, k, g, 1, 1)
-    at = tile.At(jnp.arange(b).reshape(b, 1, 1, 1, 1), head, data.query_positions[:, None, None, :, None], data.key_positions[:, None, None, None, :])
-    return w * tile.dropout_multiplier(program.parts, at, data.seed)
+    return w * tile.dropout_multiplier(program.parts, at_pairs(program, data), data.seed) if program.parts.dropout_rate else w
 
 
 def values(data: Data, w):
@@ -116,12 +118,13 @@ def values(data: Data, w):
 
 
 def output(program: Program, data: Data, hooks=None):
-    """Output and residual; ``hooks`` maps 'scores' and 'weights' to functions of [B, N, T, S]."""
+    """Output and residual; ``hooks`` maps 'scores' and 'weights' to functions ``(value [B, N, T, S], at) -> value``."""
     def hooked(stage, x):
         if not hooks or stage not in hooks:
             return x
         b, k, g, t, s = x.shape
-        return hooks[stage](x.reshape(b, k * g, t, s)).reshape(x.shape)
+        flat = lambda y: y.reshape(y.shape[0], -1, *y.shape[3:])
+        return hooks[stage](flat(x), At(*map(flat, at_pairs(program, data)))).reshape(x.shape)
 
     s, ok = scores(program, data)
     w, r = weights(program, data, hooked("scores", s), ok)

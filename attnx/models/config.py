@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax.nnx.nn import initializers
+from flax import nnx
 
 from attnx.nn import MLP, Attention, TransformerBlock
 from attnx.positions import Rotary
@@ -81,7 +81,7 @@ class TransformerConfig:
         # Each sub-layer adds to the residual stream; scaled so, the stream's variance does not grow with depth at the start.
         additions = (2 if cross_mechanism is None else 3) * self.num_layers
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs,
-                      out_kernel_init=initializers.variance_scaling(1 / additions, "fan_in", "truncated_normal"))
+                      out_kernel_init=nnx.initializers.variance_scaling(1 / additions, "fan_in", "truncated_normal"))
 
         def attention(mechanism, position):
             return Attention(self.features, self.num_heads, mechanism=mechanism, head_size=self.head_size,

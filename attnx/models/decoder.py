@@ -9,7 +9,7 @@ class Decoder(Transformer):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from attnx.core.mechanism import pairs
+      >>> from attnx.mechanism import pairs
       >>> model = Decoder(TransformerConfig(features=32, num_layers=2), pairs(), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((1, 5), int)).shape
       (1, 5, 256)

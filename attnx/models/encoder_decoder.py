@@ -27,7 +27,7 @@ class EncoderDecoder(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from attnx.core.mechanism import pairs
+      >>> from attnx.mechanism import pairs
       >>> everything = pairs(mask=None)
       >>> model = EncoderDecoder(TransformerConfig(features=32, num_layers=2), pairs(), encoder_mechanism=everything,
       ...                        cross_mechanism=everything, rngs=nnx.Rngs(0))

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import initializers
 
 from attnx.nn.common import check_sequence, constrain, logical_axes
 from attnx.nn.frozen import hold, release
@@ -38,7 +37,7 @@ class Attention(nnx.Module):
     Args:
       features: D, size of the input.
       num_heads: N, query heads.
-      mechanism: how queries, keys and values become outputs: an :class:`attnx.core.mechanism.Mechanism` of any engine, or a
+      mechanism: how queries, keys and values become outputs: an :class:`attnx.mechanism.Mechanism` of any engine, or a
         constructor ``(rngs=...) -> Mechanism`` for one that owns parameters.
       head_size: H of queries and keys; by default ``features // num_heads``.
       value_size: Hv of values; by default H.
@@ -59,8 +58,8 @@ class Attention(nnx.Module):
 
     def __init__(self, features, num_heads, *, mechanism, head_size=None, value_size=None, num_kv_heads=None, context_features=None,
                  out_features=None, position=None, qk_norm=None, output_gate=None, use_bias=False, dtype=None,
-                 param_dtype=jnp.float32, precision=None, kernel_init=initializers.lecun_normal(),
-                 bias_init=initializers.zeros_init(), out_kernel_init=None, rngs):
+                 param_dtype=jnp.float32, precision=None, kernel_init=nnx.initializers.lecun_normal(),
+                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
@@ -96,7 +95,7 @@ class Attention(nnx.Module):
             self.gate = project(features, (num_heads, width), ("embed", "heads", None), ("heads", None))
         if isinstance(mechanism, type) or not hasattr(mechanism, "step"):
             if not callable(mechanism):
-                raise TypeError("mechanism: expected a Mechanism (see attnx.core.mechanism) or a constructor (rngs=...) -> Mechanism, "
+                raise TypeError("mechanism: expected a Mechanism (see attnx.mechanism) or a constructor (rngs=...) -> Mechanism, "
                                 f"got {type(mechanism).__name__} {mechanism!r}")
             mechanism = mechanism(rngs=rngs)
         self.mechanism, self.position = hold(mechanism), hold(position)

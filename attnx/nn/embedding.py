@@ -5,11 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import initializers
 from flax.nnx.nn.dtypes import promote_dtype
 
 from attnx.nn.common import constrain, logical_axes
 from attnx.positions import learned, sinusoidal
+
+_unit_vectors = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)  # on average; as in nnx.Embed
 
 
 class Embedding(nnx.Module):
@@ -41,7 +42,7 @@ class Embedding(nnx.Module):
     """
 
     def __init__(self, vocab_size, features, *, tied=True, scaled=False, position=None, max_length=None, dtype=None, param_dtype=jnp.float32,
-                 embedding_init=initializers.normal(0.02), rngs):
+                 embedding_init=_unit_vectors, rngs):
         if position not in (None, "sinusoidal", "learned"):
             raise ValueError(f"position: expected 'sinusoidal', 'learned' or None, got {position!r}")
         if position == "learned" and max_length is None:
@@ -50,7 +51,7 @@ class Embedding(nnx.Module):
         def table(rows, axis):
             return nnx.Param(embedding_init(rngs.params(), (rows, features), param_dtype), **logical_axes(axis, "embed"))
 
-        self.vocab_size, self.features, self.scaled, self.position, self.dtype = vocab_size, features, scaled, position, dtype
+        self.features, self.scaled, self.position, self.dtype = features, scaled, position, dtype
         self.table = table(vocab_size, "vocab")
         self.output = nnx.data(None) if tied else table(vocab_size, "vocab")
         self.positions = table(max_length, None) if position == "learned" else nnx.data(None)
@@ -63,16 +64,18 @@ class Embedding(nnx.Module):
         x = table[tokens]
         if self.scaled:
             x = x * math.sqrt(self.features)
-        if self.position is None:
-            return x
-        positions = jnp.arange(tokens.shape[1]) if positions is None else positions
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
         if self.position == "learned":
-            return x + learned(positions, self.positions[...]).astype(x.dtype)
-        return x + sinusoidal(positions, self.features, dtype=x.dtype)
+            x = x + learned(positions, self.positions[...]).astype(x.dtype)
+        elif self.position == "sinusoidal":
+            x = x + sinusoidal(positions, self.features, dtype=x.dtype)
+        return constrain(x, "batch", "sequence", None)
 
     def logits(self, x):
         """x [B, T, D] -> [B, T, V], accumulated and returned in at least float32."""
         table = self.table if self.output is None else self.output
         x, table = promote_dtype((x, table[...]), dtype=self.dtype)
-        return jax.lax.dot_general(x, table, (((2,), (1,)), ((), ())),
-                                   preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        logits = jax.lax.dot_general(x, table, (((2,), (1,)), ((), ())),
+                                     preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        return constrain(logits, "batch", "sequence", "vocab")

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import initializers
 
 from attnx.nn.common import check_sequence, constrain, logical_axes
 
@@ -32,8 +31,8 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, features, hidden_features, *, activation=jax.nn.silu, gated=True, use_bias=False, dtype=None,
-                 param_dtype=jnp.float32, precision=None, kernel_init=initializers.lecun_normal(),
-                 bias_init=initializers.zeros_init(), out_kernel_init=None, rngs):
+                 param_dtype=jnp.float32, precision=None, kernel_init=nnx.initializers.lecun_normal(),
+                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs):
         def project(inputs, outputs, axes, init=kernel_init):
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                               kernel_init=init, bias_init=bias_init, kernel_metadata=logical_axes(*axes),

@@ -19,7 +19,7 @@ def softmax(sink=None, temperature=None) -> Exponential:
 
     >>> import attnx, jax.numpy as jnp
     >>> q = k = jnp.zeros((1, 3, 1, 8))
-    >>> attnx.attention_weights(q, k, weights=attnx.weights.softmax(sink=0.0))[0, 0, 0]
+    >>> attnx.attention_weights(q, k, weights=attnx.weights.softmax(sink=0.0))[0, 0, 0].round(3)
     Array([0.25, 0.25, 0.25], dtype=float32)
     """
     return Softmax(None if sink is None else check_real("sink", sink, ranks=(0, 1)),

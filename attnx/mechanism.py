@@ -1,0 +1,85 @@
+"""What a model is handed: a mechanism with a parallel form and a streaming form, whatever engine it runs on."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from attnx.core import cache
+from attnx.core.attention import attention
+from attnx.core.checks import check_parts
+from attnx.masks.documents import documents
+from pallas_kernels.parts import Mask, Score, Softmax, Weights, part, static
+
+
+class Mechanism(Protocol):
+    """Queries, keys and values to outputs; :func:`pairs` makes one from parts."""
+
+    def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None):
+        """[B, T, N, H], [B, S, K, H], [B, S, K, Hv] -> [B, T, N, Hv]; ``segment_ids`` [B, T] keep documents apart (T = S)."""
+
+    def init(self, batch, max_length, kv_heads, key_size, value_size, dtype) -> Any:
+        """The streaming state before the first token: a pytree of constant shape."""
+
+    def step(self, state, query, key, value) -> tuple[Any, jax.Array]:
+        """The next t tokens: ``(state, out [B, t, N, Hv])``; equals the parallel form on everything so far."""
+
+
+@part
+class Pairs:
+    """See :func:`pairs`. A pytree; its arrays are those of its parts."""
+
+    scores: tuple[Score, ...] = ()
+    mask: Mask | None = None
+    weights: Weights = Softmax()
+    scale: float | None = static(default=None)
+    dropout_rate: float = static(default=0.0)
+    implementation: str | None = static(default=None)
+
+    def _attend(self, query, key, value, mask, dropout_key=None, **kwargs):
+        rate = self.dropout_rate if dropout_key is not None else 0.0
+        return attention(query, key, value, scores=self.scores, mask=mask, weights=self.weights, scale=self.scale, dropout_rate=rate,
+                         dropout_key=dropout_key, implementation=kwargs.pop("implementation", self.implementation), **kwargs)
+
+    def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None, hooks=None):
+        mask = self.mask
+        if segment_ids is not None:
+            mask = documents(segment_ids) if mask is None else mask & documents(segment_ids)
+        return self._attend(query, key, value, mask, dropout_key, query_positions=query_positions, key_positions=key_positions, hooks=hooks,
+                            implementation=None if hooks else self.implementation)
+
+    def init(self, batch, max_length, kv_heads, key_size, value_size, dtype):
+        reach = None if self.mask is None else self.mask.reach()
+        slots = max_length if reach is None else min(max_length, reach + 1)
+        return cache.init(batch, slots, kv_heads, key_size, value_size, dtype)
+
+    def step(self, state, query, key, value, *, hooks=None):
+        """Appends to the cache and attends to it; a prefill longer than a rolling cache goes through in pieces."""
+        t, slots = query.shape[1], state.key.shape[1]
+        if t == 1:
+            state = cache.append(state, key, value)
+            return state, self._attend(query, state.key, state.value, self.mask, query_positions=state.next[None] - 1,
+                                       key_positions=state.positions, hooks=hooks)
+        # Tokens of this call may overwrite what its first queries still see, so attend to old and new side by side.
+        positions = state.next + jnp.arange(t, dtype=jnp.int32)
+        both = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        out = self._attend(query, both(state.key, key), both(state.value, value), self.mask, query_positions=positions,
+                           key_positions=jnp.concatenate([state.positions, positions]), hooks=hooks)
+        skipped = max(t - slots, 0)
+        state = state._replace(next=state.next + skipped)
+        return cache.append(state, key[:, skipped:], value[:, skipped:]), out
+
+
+def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), scale: float | None = None, dropout_rate: float = 0.0,
+          implementation: str | None = None) -> Pairs:
+    """A mechanism of the pairs engine.
+
+    Args: as in :func:`attnx.attention`. Its streaming state is a key-value cache; a mask of limited reach (a sliding window) makes it rolling, so
+    the state is constant in the length.
+
+    >>> import attnx, jax, jax.numpy as jnp
+    >>> window = attnx.pairs(mask=attnx.masks.sliding_window(4))
+    >>> window.init(batch=1, max_length=1000, kv_heads=2, key_size=8, value_size=8, dtype=jnp.float32).key.shape
+    (1, 4, 2, 8)
+    """
+    return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)

@@ -1,0 +1,32 @@
+"""Every test process: CPU, eight forced devices, quick compilation, and a compilation cache kept between runs."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+CACHE = pathlib.Path(os.environ.get("ATTNX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def x64():
+    """float64 for the test's duration."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def optimised():
+    """The compiler's optimisations, for tests of compiled bytes."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
