@@ -49,8 +49,8 @@ class Pairs:
                             implementation=None if hooks else self.implementation)
 
     def init(self, batch, max_length, kv_heads, key_size, value_size, dtype):
-        reach = None if self.mask is None else self.mask.reach()
-        slots = max_length if reach is None else min(max_length, reach + 1)
+        back = None if self.mask is None else self.mask.span()[0]
+        slots = max_length if back is None else min(max_length, back + 1)
         return cache.init(batch, slots, kv_heads, key_size, value_size, dtype)
 
     def step(self, state, query, key, value, *, hooks=None):

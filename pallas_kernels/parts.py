@@ -38,6 +38,17 @@ class Operand(NamedTuple):
     axes: tuple[str | None, ...]
 
 
+class Spec(NamedTuple):
+    """How an operand in the canonical layout [batch, kv_head, group, query, key, *None axes] varies: over batch, key-value heads, groups, queries, keys, or the offset between them."""
+
+    batch: bool
+    kv: bool
+    group: bool
+    query: bool
+    key: bool
+    offset: bool
+
+
 class Sizes(NamedTuple):
     """The static sizes of a call, for parts that build their operands from them.
 
@@ -133,9 +144,9 @@ class Mask(Part):
         """How many of the keys at positions key.low..key.high each query position sees, or None where no closed form is known."""
         return None
 
-    def reach(self) -> int | None:
-        """How many positions before its own a query may see at the most (what a rolling cache must keep), or None for any number."""
-        return None
+    def span(self) -> tuple[int | None, int | None]:
+        """How many positions before and after its own a query may see at the most; None is any number. Caches and rings keep no more."""
+        return None, None
 
     def __and__(self, other):
         return And(self, _mask(other)) if other is not None else self
@@ -182,9 +193,8 @@ class And(_Pair):
         a, b = self._both("block", query, key, ranges)
         return Cover(jnp.logical_and(a.some, b.some), jnp.logical_and(a.every, b.every))
 
-    def reach(self):
-        known = [r for r in (self.a.reach(), self.b.reach()) if r is not None]
-        return min(known, default=None)
+    def span(self):
+        return tuple(min((x for x in side if x is not None), default=None) for side in zip(self.a.span(), self.b.span()))
 
     def as_jax_nn(self):
         a, b = self.a.as_jax_nn(), self.b.as_jax_nn()
@@ -206,9 +216,8 @@ class Or(_Pair):
         a, b = self._both("block", query, key, ranges)
         return Cover(jnp.logical_or(a.some, b.some), jnp.logical_or(a.every, b.every))
 
-    def reach(self):
-        both = (self.a.reach(), self.b.reach())
-        return None if None in both else max(both)
+    def span(self):
+        return tuple(None if None in side else max(side) for side in zip(self.a.span(), self.b.span()))
 
 
 @part

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, partition
 from attnx.core.tiling import (Tiling, Where, add_operand_block, add_rows_block, at_block, cover, keys_block, map_operands, operand_block,
-                               over_lanes, pad, pad_rows, rows_block, visits)
+                               over_lanes, pad_rows, pad_to_blocks, rows_block, unpad_operand, visits)
 from pallas_kernels import tile
 
 
@@ -28,6 +29,10 @@ class Blockwise:
         """The largest entry over everything this execution holds (over all devices, where it holds several)."""
         return jnp.max(x, initial=0)
 
+    def stored(self, x):
+        """A result as it is kept: in the accumulator's dtype."""
+        return x
+
     def load(self, data: Data, where: Where):
         """What a tile function wants at ``where`` (padded data): q, k, v, positions, blocks."""
         program, tiling = self.program, self.tiling
@@ -41,7 +46,7 @@ class Blockwise:
 
         Args:
           init: ``init(rows block) -> carry`` of one head's query block, a pytree of [bq, X].
-          body: ``body(carry, q, k, v, rows, at, blocks, masked) -> carry`` on one tile of one head.
+          body: ``body(carry, q, k, v, rows, at, blocks, seed, masked) -> carry`` on one tile of one head.
           finish: ``finish(carry) -> result``, a pytree of [bq, X].
           rows: a pytree of [B, K, G, T, X], cut to the rows of the tile.
           differentiable: scan a static number of steps and recompute each in the backward pass, so that any derivative exists.
@@ -50,7 +55,9 @@ class Blockwise:
         """
         program, tiling = self.program, self.tiling
         b, k, g, t, _ = data.query.shape
-        data, rows = pad(program, data, tiling), pad_rows(rows, tiling)
+        axes = varying_axes(data, rows)
+        data, rows = vary((data, rows), axes)
+        data, rows = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling)
         nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
         todo = visits(cover(program, data, tiling), tiling)
 
@@ -62,10 +69,10 @@ class Blockwise:
             def visit(slot, carry, masked):
                 here = where._replace(j=order[slot])
                 q, keys, v, positions, blocks = self.load(data, here)
-                one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, masked)
-                return over_lanes(one, program, here, tiling, g)(q, keys, v, (carry, mine), positions, blocks)
+                one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, data.seed, masked)
+                return over_lanes(one, program, data, here, tiling)(q, keys, v, (carry, mine), positions, blocks)
 
-            carry = jax.vmap(jax.vmap(lambda _, rows: init(rows)))(jnp.zeros((tiling.lanes, g)), mine)
+            carry = vary(jax.vmap(jax.vmap(lambda _, rows: init(rows)))(jnp.zeros((tiling.lanes, g)), mine), axes)
             if differentiable:
                 def step(carry, slot):
                     kind = (slot >= full).astype(jnp.int32) + (slot >= active)
@@ -86,7 +93,7 @@ class Blockwise:
         return jax.tree.map(assemble, results)
 
     def fold_keys(self, data: Data, body, rows, gradient_of):
-        """Sums ``body(q, k, v, rows, at, blocks, masked) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
+        """Sums ``body(q, k, v, rows, at, blocks, seed, masked) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
 
         ``gradient_of`` are the rows that ``drows`` are the gradients of. Visits the query blocks of each key block, so dk and dv stay
         in the carry and only row gradients are read and written per tile. Returns gradients shaped like query, key, value,
@@ -95,8 +102,9 @@ class Blockwise:
         program, tiling = self.program, self.tiling
         dtype = tile.accumulator_dtype(data.query.dtype)
         b, k, g, t, h = data.query.shape
-        s, unpadded = data.key.shape[2], partition(data.operands)[0]
-        data, rows, gradient_of = pad(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
+        s, unpadded, axes = data.key.shape[2], partition(data.operands)[0], varying_axes(data, rows)
+        data, rows = vary((data, rows), axes)  # or the tiles' own gradients would be summed over devices, tile by tile
+        data, rows, gradient_of = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
         nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
         todo = visits(cover(program, data, tiling), tiling, by_key=True)
         operands, specs = partition(data.operands)[0], program.inexact_specs(data.operands)
@@ -110,8 +118,8 @@ class Blockwise:
                 here = where._replace(i=order[slot])
                 q, keys, v, positions, blocks = self.load(data, here)
                 mine = jax.tree.map(lambda x: rows_block(x, here, tiling), rows)
-                one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, masked)
-                dq, dk, dv, drows, dblocks = over_lanes(one, program, here, tiling, g)(q, keys, v, mine, positions, blocks)
+                one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, data.seed, masked)
+                dq, dk, dv, drows, dblocks = over_lanes(one, program, data, here, tiling)(q, keys, v, mine, positions, blocks)
                 query_side = jax.tree.map(lambda total, x: add_rows_block(total, x, here, tiling), query_side, (dq, drows))
                 key_side = jax.tree.map(lambda total, x: total + x.sum(1), key_side, (dk, dv))
                 operand_side = [add_operand_block(program, total, spec, x, positions, here, tiling)
@@ -120,22 +128,19 @@ class Blockwise:
 
             query_side, operand_side = carry
             fresh = jax.tree.map(lambda x: jnp.zeros((tiling.lanes, tiling.bk, x.shape[-1]), dtype), (data.key, data.value))
-            carry = (query_side, fresh, operand_side)
+            carry = (query_side, vary(fresh, axes), operand_side)
             carry = lax.fori_loop(0, full, partial(visit, masked=False), carry)
             query_side, key_side, operand_side = lax.fori_loop(full, active, partial(visit, masked=True), carry)
             return (query_side, operand_side), key_side
 
         zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, dtype))
-        start = (zeros((data.query, gradient_of)), zeros(operands))
+        start = vary((zeros((data.query, gradient_of)), zeros(operands)), axes)
         ((dq, drows), doperands), (dk, dv) = lax.scan(step, start, jnp.arange(b * chunks * nk, dtype=jnp.int32))
 
         def assemble(x):
             x = x.reshape(b, chunks, nk, tiling.lanes, tiling.bk, x.shape[-1])
             return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, k, nk * tiling.bk, x.shape[-1])[:, :, :s]
 
-        def trim(x, like, spec):  # padding repeated the edges and no allowed pair reads it
-            return x[..., tiling.bq: x.shape[-1] - tiling.bk] if spec.offset else x[tuple(slice(n) for n in like.shape)]
-
         dk, dv = jax.tree.map(assemble, (dk, dv))
         dq, drows = jax.tree.map(lambda x: x[:, :, :, :t], (dq, drows))
-        return dq, dk, dv, drows, [trim(*args) for args in zip(doperands, unpadded, specs)]
+        return dq, dk, dv, drows, [unpad_operand(*args, tiling) for args in zip(doperands, unpadded, specs)]

@@ -1,11 +1,12 @@
 """Convolutions and moving averages along time, of any length, in forms that agree: direct, by FFT, by chunks, and step by step.
 
-    convolution   y_t = sum over i of  kernel_i * x_(t - i + origin)             each channel by itself
-    ema           h_t = decay * h_(t-1) + gain * x_t,   y_t = Re <readout, h_t>      a convolution with kernel_i = Re <readout, gain decay^i>
+    convolution   y_t = sum over i of  kernel_i * x_(t - i + origin)
+    ema           h_t = decay * h_(t-1) + gain * x_t,   y_t = Re <readout, h_t>
 
-The first covers short convolutions, token shifts, long and oversized kernels, one- and two-sided; the second the damped
-multi-dimensional average of Mega and diagonal state-space models. Sums and states are kept in at least float32, outputs have the
-dtype of x. Everything is linear in x, takes O(T) memory, and can be differentiated in both modes.
+The first covers short convolutions, token shifts, long and oversized kernels, one- and two-sided, a channel at a time; the second, which is
+a convolution with kernel_i = Re <readout, gain decay^i>, the damped multi-dimensional average of Mega and diagonal state-space models.
+Sums and states are kept in at least float32, outputs have the dtype of x. Everything is linear in x, takes O(T) memory, and can be
+differentiated in both modes.
 """
 
 import functools
@@ -90,8 +91,8 @@ def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origi
         convolutions are, takes ``kernel[::-1]``.)
       history: [..., P, C], inputs that came before x; the last L - 1 - origin of them matter.
       segment_ids: int [..., P + T] or [P + T], over history and x: only inputs of the same segment meet.
-      implementation: 'direct', O(T L) and exact to rounding of each product; 'fft', O((T + L) log(T + L)), with rounding errors relative to the
-        largest outputs; None takes 'direct' for segments and for at most 64 taps or outputs.
+      implementation: 'direct', O(T L); 'fft', O((T + L) log(T + L)), with rounding errors relative to the largest outputs; None takes
+        'direct' for segments and for at most 64 taps or outputs.
 
     Returns:
       [..., T, C] in the dtype of x.
@@ -107,8 +108,8 @@ def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origi
     _check_input(x)
     _check_implementation(implementation, ("direct", "fft"))
     *lead, time, channels = x.shape
-    if kernel.ndim != 2 or not kernel.shape[0] or kernel.shape[1] not in (1, channels):
-        raise ValueError(f"kernel: expected shape [L, {channels}] or [L, 1] with L of at least 1, got {describe(kernel)}")
+    if kernel.ndim != 2 or not kernel.shape[0] or kernel.shape[1] not in (1, channels) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"kernel: expected real numbers of shape [L, {channels}] or [L, 1] with L of at least 1, got {describe(kernel)}")
     origin = check_integer("origin", origin, least=0, most=kernel.shape[0] - 1)
     past = 0 if history is None else history.shape[-2]
     if history is not None and history.shape != (*lead, past, channels):
@@ -185,7 +186,7 @@ def convolution_step(state: Float[Array, "B L-1 C"], kernel: Float[Array, "L C"]
     Array([ 0.,  1.,  3.,  6.,  9., 12.], dtype=float32)
     """
     if state.shape[-2] != kernel.shape[0] - 1:
-        raise ValueError(f"state: expected the last {kernel.shape[0] - 1} inputs, as kernel {describe(kernel)} needs, got {describe(state)}")
+        raise ValueError(f"state: expected the last {kernel.shape[0] - 1} inputs for kernel {describe(kernel)}, got {describe(state)}")
     y = convolution(x, kernel, history=state)
     return jnp.concatenate([state, x.astype(state.dtype)], axis=-2)[..., x.shape[-2] :, :], y
 
@@ -195,9 +196,9 @@ def convolution_step(state: Float[Array, "B L-1 C"], kernel: Float[Array, "L C"]
 
 def _coefficients(decay, gain, readout, channels, dtype):
     """The three of an EMA, each [C, n] and real or complex in the accumulator's precision."""
-    if max(map(jnp.ndim, (decay, gain, readout))) > 2:
-        raise ValueError("decay, gain, readout: expected shapes that broadcast to [C, n], got "
-                         + ", ".join(str(jnp.shape(a)) for a in (decay, gain, readout)))
+    for name, a in (("decay", decay), ("gain", gain), ("readout", readout)):
+        if jnp.ndim(a) not in (0, 2):
+            raise ValueError(f"{name}: expected shape [C, n] or a number, got {describe(a)}")
     shape = jnp.broadcast_shapes(*map(jnp.shape, (decay, gain, readout)), (1, 1))
     if channels is not None:
         if shape[0] not in (1, channels):
@@ -216,7 +217,8 @@ def _powers(decay, exponents):
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"], length: int) -> Float[Array, "L C"]:
+def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"],
+               length: int) -> Float[Array, "L C"]:
     """The kernel of :func:`ema`: k_i = Re sum over n of readout gain decay^i, for i = 0..length-1.
 
     Two of them make a bidirectional average: ``two_sided_kernel(ema_kernel(...), ema_kernel(...))``.
@@ -228,7 +230,8 @@ def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readou
     decay, gain, readout = _coefficients(decay, gain, readout, None, dtype)
     if not check_integer("length", length, least=0):
         return jnp.zeros((0, decay.shape[0]), dtype)
-    stride = math.isqrt(length - 1) + 1  # decay^(j stride + r) as a product: sqrt(length) powers, and a matrix product in place of the others
+    # decay^(j stride + r) is a product of two powers, so 2 sqrt(length) of them and a matrix product do.
+    stride = math.isqrt(length - 1) + 1
     coarse = gain * readout * _powers(decay, range(0, length, stride))
     fine = _powers(decay, range(stride))
     return _einsum("jcn,rcn->jrc", coarse, fine).real.reshape(-1, decay.shape[0])[:length]
@@ -277,8 +280,9 @@ def ema(x: Float[Array, "B T C"], decay: Inexact[Array, "C n"], gain: Inexact[Ar
       decay, gain, readout: real or complex, broadcastable to [C, n]; |decay| <= 1 for a bounded state.
       initial_state: h_(-1), [B, C, n]; zero by default.
       segment_ids: int [B, T] or [T]; the state is forgotten where they change. The initial state belongs to the first segment.
-      implementation: 'fft' or 'direct', a :func:`convolution` with :func:`ema_kernel`, O(T (n + log T)) or O(T^2); 'chunked', O(T (64 + n)), which passes
-        states between chunks of 64 steps and so alone knows states and segments; None takes 'fft' where neither is asked for.
+      implementation: 'fft' or 'direct', a :func:`convolution` with :func:`ema_kernel`, O(T (n + log T)) or O(T^2); 'chunked',
+        O(T (64 + n)), which passes states between chunks of 64 steps, and alone knows states and segments; None takes 'fft' where
+        neither is asked for.
       return_state: return the last state too.
 
     Returns:

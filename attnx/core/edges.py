@@ -1,6 +1,6 @@
 """The edges engine: attention over the edges of a graph, as lists of senders and receivers padded to a static size.
 
-    out_i = sum over edges e: j -> i of  weights(s_e, the scores of all edges into i) * v_j
+    out_i = sum over edges e: j -> i of  weights(s_e, statistics of the edges into i) * v_j
 
 One definition of padding serves every function: an edge or element is padding where its mask is False or its index lies outside
 0..size-1 (so -1 and one-past-the-end both mark it). Padding has weight exactly 0, and whatever it holds reaches
@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from attnx.core.checks import check_dropout, check_integer, check_integers, check_scale, describe
 from attnx.core.program import bind_operand
-from attnx.weights.softmax import softmax
 from pallas_kernels import tile
-from pallas_kernels.parts import At, Exponential, Operand, Parts, Sizes, Sum, Weights
+from pallas_kernels.parts import At, Exponential, Operand, Parts, Sizes, Softmax, Sum, Weights
 
 # Segments -----------------------------------------------------------------------------------------------------------
 
@@ -147,24 +146,32 @@ def segment_weights(scores: Float[Array, "E N"], segment_ids: Int[Array, "E"], n
     def total(x):
         return jax.ops.segment_sum(jnp.where(valid, x, 0), ids, num_segments)
 
-    if isinstance(weights, Exponential):
-        shift, sink = weights.shift(s, *operands), weights.sink(sizes)
-        m = jnp.zeros((num_segments, s.shape[1]), s.dtype)
+    def residual(family, sink=None):  # numerators, and normalisers e^m norm
+        shift, m = family.shift(s, *operands), jnp.zeros((num_segments, s.shape[1]), s.dtype)
         if shift is not None:
             m = jnp.maximum(jax.ops.segment_max(lax.stop_gradient(shift), ids, num_segments), tile.FLOOR)
         if sink is not None:
-            sink = _node_operand(sink, sizes, owner)
             m = jnp.maximum(m, lax.stop_gradient(sink))
-        num, den = weights.terms(s, spread(m), *operands)
-        norm = total(den) if sink is None else total(den) + jnp.exp(sink - m)
+        num, den = family.terms(s, spread(m), *operands)
+        return num, total(den) if sink is None else total(den) + jnp.exp(sink - m), m
+
+    if isinstance(weights, Exponential):
+        sink = weights.sink(sizes)
+        num, norm, _ = residual(weights, None if sink is None else _node_operand(sink, sizes, owner))
         return jnp.where(valid, num / jnp.where(valid, jnp.where(norm == 0, jnp.inf, norm)[ids], 1), 0)
     rows = ()
     for which in weights.statistics:
-        if not isinstance(which, Sum):
-            raise NotImplementedError(f"weights: {owner} needs a {type(which).__name__} for each node, which edges lack; weights of the "
-                                      "exponential family, elementwise weights and those given by sums are served")
-        rows = (*rows, which.finish(total(which.phi(s, tuple(map(spread, rows)), *operands)), rows, *shared))
-    return jnp.where(valid, weights.weight(s, tuple(map(spread, rows)), *operands), 0)
+        given = tuple(map(spread, map(tile.given_rows, rows)))
+        if isinstance(which, Exponential):
+            _, norm, m = residual(which)
+            r = jnp.where(norm > 0, m + jnp.log(jnp.where(norm > 0, norm, 1)), -jnp.inf)
+        elif isinstance(which, Sum):
+            r = which.finish(total(which.phi(s, given, *operands)), rows, *shared)
+        else:
+            raise NotImplementedError(f"weights: {owner} solves an equation for each node, which edges cannot; weights of the exponential "
+                                      "family, elementwise weights and those given by sums are served")
+        rows = (*rows, r)
+    return jnp.where(valid, weights.weight(s, tuple(map(spread, map(tile.given_rows, rows))), *operands), 0)
 
 
 def segment_softmax(scores: Float[Array, "E *N"], segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None
@@ -182,14 +189,14 @@ def segment_softmax(scores: Float[Array, "E *N"], segment_ids: Int[Array, "E"], 
     Array([0.5, 0.5, 1. , 0. ], dtype=float32)
     """
     heads = scores[:, None] if scores.ndim == 1 else scores
-    return segment_weights(heads, segment_ids, num_segments, softmax(), mask=mask).reshape(scores.shape).astype(scores.dtype)
+    return segment_weights(heads, segment_ids, num_segments, Softmax(), mask=mask).reshape(scores.shape).astype(scores.dtype)
 
 
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
 def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], senders: Int[Array, "E"], receivers: Int[Array, "E"],
-                 num_nodes: int, *, edge_mask: Bool[Array, "E"] | None = None, weights: Weights | None = None, dropout_rate: float = 0.0,
+                 num_nodes: int, *, edge_mask: Bool[Array, "E"] | None = None, weights: Weights = Softmax(), dropout_rate: float = 0.0,
                  dropout_key: Array | None = None, return_weights: bool = False):
     """Attention from given scores: out_i = sum over edges e: j -> i of w_e v_j, the weights normalised over the edges into i.
 
@@ -199,7 +206,7 @@ def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], sen
       senders, receivers: [E], from node of ``value`` to node of the result.
       num_nodes: how many nodes receive, V, static.
       edge_mask: False marks padding, as does an index out of range.
-      weights: of :mod:`attnx.weights`; softmax by default.
+      weights: how scores become weights (see :mod:`attnx.weights`); softmax by default.
       dropout_rate, dropout_key: dropout of weights; the pattern is a function of (key, head, receiver, sender), as in the pairs engine.
       return_weights: return the weights too.
 
@@ -214,13 +221,14 @@ def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], sen
     Array([0., 0., 2.], dtype=float32)
     """
     rate, seed = check_dropout(dropout_rate, dropout_key)
+    check_integer("num_nodes", num_nodes, least=0)
     if value.ndim != 3:
         raise ValueError(f"value: expected shape [U, K, Hv], got {describe(value)}")
     if scores.ndim != 2 or not value.shape[1] or scores.shape[1] % value.shape[1]:
         raise ValueError(f"scores: expected shape [E, N] with N a multiple of the {value.shape[1]} heads of value, got {describe(scores)}")
     senders = _indices("senders", senders, value.shape[0], len(scores), edge_mask)
     receivers = _indices("receivers", receivers, num_nodes, len(scores), senders < value.shape[0])
-    given, heads = segment_weights(scores, receivers, num_nodes, softmax() if weights is None else weights), scores.shape[1]
+    given, heads = segment_weights(scores, receivers, num_nodes, weights), scores.shape[1]
     w = given
     if rate:
         at = At(0, jnp.arange(heads)[None], receivers[:, None], senders[:, None])
@@ -233,7 +241,7 @@ def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], sen
 
 def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], value: Float[Array, "U K Hv"], senders: Int[Array, "E"],
                    receivers: Int[Array, "E"], *, edge_scores: Float[Array, "E N"] | None = None, edge_mask: Bool[Array, "E"] | None = None,
-                   weights: Weights | None = None, scale: float | None = None, self_loops: bool = False, dropout_rate: float = 0.0,
+                   weights: Weights = Softmax(), scale: float | None = None, self_loops: bool = False, dropout_rate: float = 0.0,
                    dropout_key: Array | None = None, return_weights: bool = False):
     """Multi-head attention over the edges of a graph: s_e = scale * q_i . k_j + edge_scores_e for an edge e: j -> i.
 
@@ -245,7 +253,7 @@ def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], val
       senders, receivers: [E] indices into key and query.
       edge_scores: [E, N] or [E, 1], added to the scores: what edge features say.
       edge_mask: False marks padding, as does an index out of range.
-      weights: of :mod:`attnx.weights`; softmax by default.
+      weights: how scores become weights (see :mod:`attnx.weights`); softmax by default.
       scale: of the dot products, 1 / sqrt(H) by default.
       self_loops: let every node attend to itself once, with edge score 0 (loops already there are dropped). For loops
         with features of their own, call :func:`add_self_loops` first.
@@ -265,7 +273,7 @@ def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], val
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != query.dtype:
-            raise ValueError(f"{name}: expected real numbers of shape [nodes, heads, size] in the query's dtype {query.dtype}, got {describe(x)}")
+            raise ValueError(f"{name}: expected {query.dtype} (the query's dtype, real) of shape [nodes, heads, size], got {describe(x)}")
     (nodes, heads, size), kv_heads = query.shape, key.shape[1]
     if key.shape[2] != size or not kv_heads or heads % kv_heads:
         raise ValueError(f"key: expected shape [U, K, H] with H = {size} and K a divisor of {heads} as in query, got {describe(key)}")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnx.core.compat import psum_like
 from attnx.core.program import Data, partition
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, FusedTerms, Root, SlopeTerms, StatisticTerms, WeightTerms
@@ -25,7 +26,8 @@ from pallas_kernels.parts import Exponential, FusedTerms, Root, SlopeTerms, Stat
 def _cotangent(tree, inexact_gradients):
     """Gradients of the inexact leaves, in their dtypes, among zeros for the integers."""
     inexact, others, join = partition(tree)
-    return join([g.astype(x.dtype) for g, x in zip(inexact_gradients, inexact)], [np.zeros(x.shape, jax.dtypes.float0) for x in others])
+    return join([psum_like(g, x).astype(x.dtype) for g, x in zip(inexact_gradients, inexact)],
+                [np.zeros(x.shape, jax.dtypes.float0) for x in others])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -34,10 +36,14 @@ def attend(executor, family: Exponential, data: Data):
     parts, dtype = executor.program.parts, tile.accumulator_dtype(data.query.dtype)
     size = 1 if data.value is None else data.value.shape[-1]
 
-    def body(carry, q, k, v, rows, at, blocks, masked):
-        return tile.attend_tile(parts, family, carry, q, k, v, at, blocks, data.seed, masked=masked)
+    def body(carry, q, k, v, rows, at, blocks, seed, masked):
+        return tile.attend_tile(parts, family, carry, q, k, v, at, blocks, seed, masked=masked)
 
-    out, r = executor.fold_rows(data, lambda _: tile.attend_init(executor.tiling.bq, size, dtype), body, tile.attend_finish)
+    def finish(carry):
+        out, r = tile.attend_finish(carry)
+        return executor.stored(out), r
+
+    out, r = executor.fold_rows(data, lambda _: tile.attend_init(executor.tiling.bq, size, dtype), body, finish)
     return None if data.value is None else out, r
 
 
@@ -50,7 +56,7 @@ def _attend_backward(executor, family, saved, cotangents):
     (data, out, r), (do, coefficient) = saved, cotangents
     terms = FusedTerms(family) if data.value is not None else StatisticTerms(family)
     if do is not None:
-        coefficient = coefficient - jnp.sum(do * out, axis=-1, keepdims=True)
+        coefficient = coefficient - jnp.sum(do.astype(r.dtype) * out.astype(r.dtype), axis=-1, keepdims=True)
     gradients, _ = backward(executor, terms, False, data, (tile.given_rows(r),), do, (coefficient,))
     return (_cotangent(data, gradients),)
 
@@ -65,10 +71,14 @@ def _weigh(executor, terms, data, rows, differentiable=False):
         acc = jnp.zeros((bq, data.value.shape[-1]), dtype) if terms.weighs_values else None
         return acc, (jnp.zeros((bq, 1), dtype),) * terms.sums
 
-    def body(carry, q, k, v, rows, at, blocks, masked):
-        return tile.weigh_tile(parts, terms, carry, q, k, v, rows, at, blocks, data.seed, masked=masked, differentiable=differentiable)
+    def body(carry, q, k, v, rows, at, blocks, seed, masked):
+        return tile.weigh_tile(parts, terms, carry, q, k, v, rows, at, blocks, seed, masked=masked, differentiable=differentiable)
 
-    return executor.fold_rows(data, init, body, lambda carry: carry, rows, differentiable=differentiable)
+    def finish(carry):
+        acc, totals = carry
+        return None if acc is None else executor.stored(acc), totals
+
+    return executor.fold_rows(data, init, body, finish, rows, differentiable=differentiable)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -92,13 +102,13 @@ weigh.defvjp(_weigh_forward, _weigh_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def backward(executor, terms, want_rows: bool, data: Data, rows, do, coefficients):
-    """The gradient of ``weigh`` in one sweep: of the inexact leaves of ``data`` (in the accumulator's dtype), and of ``rows`` or ()."""
+    """The gradient of ``weigh`` in one sweep: of the inexact leaves of ``data`` (as the executor keeps them), and of ``rows`` or ()."""
     parts = executor.program.parts
     do = None if do is None else do.astype(data.value.dtype)
 
-    def body(q, k, v, given, at, blocks, masked):
+    def body(q, k, v, given, at, blocks, seed, masked):
         rows, do, coefficients = given
-        return tile.backward_tile(parts, terms, q, k, v, do, rows, coefficients, at, blocks, data.seed, masked=masked, want_rows=want_rows)
+        return tile.backward_tile(parts, terms, q, k, v, do, rows, coefficients, at, blocks, seed, masked=masked, want_rows=want_rows)
 
     dq, dk, dv, drows, doperands = executor.fold_keys(data, body, (rows, do, coefficients), rows if want_rows else ())
     return [dq, dk, *([] if dv is None else [dv]), *doperands], drows
@@ -111,12 +121,11 @@ def _backward_forward(executor, terms, want_rows, data, rows, do, coefficients):
 def _backward_backward(executor, terms, want_rows, saved, cotangents):
     data, rows, do, coefficients = saved
     inexact, others, join = partition(data)
-    dtype = tile.accumulator_dtype(data.query.dtype)
 
     def gradient(inexact, rows, do, coefficients):
         _, pull = jax.vjp(lambda inexact, rows: _weigh(executor, terms, join(inexact, others), rows, differentiable=True), inexact, rows)
         dinexact, drows = pull((do, coefficients))
-        return [x.astype(dtype) for x in dinexact], drows if want_rows else ()
+        return [x.astype(c.dtype) for x, c in zip(dinexact, cotangents[0])], drows if want_rows else ()
 
     _, pull = jax.vjp(gradient, inexact, rows, do, coefficients)
     dinexact, *others = pull(cotangents)
@@ -131,7 +140,7 @@ def root(executor, which: Root, data: Data, earlier):
     """The row statistic [B, K, G, T, 1] at which ``sum_j phi(s_ij, r) = target``; 0 for a row without keys."""
     parts, dtype, bq = executor.program.parts, tile.accumulator_dtype(data.query.dtype), executor.tiling.bq
 
-    def body(carry, q, k, v, rows, at, blocks, masked):
+    def body(carry, q, k, v, rows, at, blocks, seed, masked):
         return tile.maximum_tile(parts, carry, q, k, at, blocks, masked=masked)
 
     init = lambda _: (jnp.full((bq, 1), tile.FLOOR, dtype), jnp.zeros((bq, 1), dtype))
@@ -149,9 +158,8 @@ def root(executor, which: Root, data: Data, earlier):
         new = jnp.where(some, new, 0)
         return low, high, new, executor.maximum(jnp.abs(new - r) / (1 + jnp.abs(r))), n + 1
 
-    start = jnp.where(some, low, 0)
     settled = 4 * jnp.finfo(dtype).eps
-    state = (low, high, start, jnp.full((), jnp.inf, dtype), 0)
+    state = (low, high, jnp.where(some, low, 0), executor.maximum(top - top + 1), 0)
     return lax.while_loop(lambda state: (state[3] > settled) & (state[4] < 64), step, state)[2]
 
 

@@ -14,18 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts import Blocks, Operand, Parts, Similarity, Sizes, strip
-
-
-class Spec(NamedTuple):
-    """How a canonical operand varies: over batch, key-value heads, groups, queries, keys, or the offset between them."""
-
-    batch: bool
-    kv: bool
-    group: bool
-    query: bool
-    key: bool
-    offset: bool
+from pallas_kernels.parts import Blocks, Operand, Parts, Similarity, Sizes, Spec, strip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +42,7 @@ class Data(NamedTuple):
     query_positions: Any  # [B or 1, T]
     key_positions: Any  # [B or 1, S]
     seed: Any  # uint32 [2]
+    origin: Any  # int32 [2]: which batch element and key-value head of the whole call comes first here
 
 
 def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array, Spec]:
@@ -116,6 +106,7 @@ def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, s
         query_positions=_positions(query_positions, t),
         key_positions=_positions(key_positions, s),
         seed=jnp.zeros(2, jnp.uint32) if seed is None else seed,
+        origin=jnp.zeros(2, jnp.int32),
     )
     return program, data
 

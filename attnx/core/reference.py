@@ -18,7 +18,7 @@ from pallas_kernels.parts import At, Exponential, Root
 
 def scores(program: Program, data: Data):
     """Scores and which pairs are allowed, both [B, K, G, T, S]."""
-    b, k, g, t, _ = data.query.shape
+    b, k, _, t, _ = data.query.shape
     tiling = Tiling(t, data.key.shape[2], k)
     load = Blockwise(program, tiling).load
 
@@ -29,7 +29,7 @@ def scores(program: Program, data: Data):
     def element(b):
         where = Where(b, 0, 0, 0)
         q, keys, v, positions, blocks = load(data, where)
-        return over_lanes(head, program, where, tiling, g)(q, keys, v, (), positions, blocks)
+        return over_lanes(head, program, data, where, tiling)(q, keys, v, (), positions, blocks)
 
     return jax.vmap(element)(jnp.arange(b, dtype=jnp.int32))
 

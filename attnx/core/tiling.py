@@ -44,41 +44,50 @@ class Visits(NamedTuple):
         return self.order[index], self.full[index], self.active[index]
 
 
-def pad(program: Program, data: Data, tiling: Tiling) -> Data:
-    """Pads queries and keys to whole blocks; padded positions are -1, padded operands repeat their last entry (any value is legal there)."""
-    t, s = data.query.shape[3], data.key.shape[2]
-    more_q, more_k = -t % tiling.bq, -s % tiling.bk
+def widen(x, axis: int, more, mode: str = "constant", **kwargs):
+    """Pads one axis by ``more`` at its end, or by ``(before, after)``."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = more if isinstance(more, tuple) else (0, more)
+    return jnp.pad(x, widths, mode=mode, **kwargs) if any(widths[axis]) else x
 
-    def widen(x, axis, more, mode="constant", **kw):
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = more if isinstance(more, tuple) else (0, more)
-        return jnp.pad(x, widths, mode=mode, **kw) if any(widths[axis]) else x
+
+def pad(program: Program, data: Data, queries: int, keys: int) -> Data:
+    """Pads queries and keys to multiples; padded positions are -1, padded operands repeat their last entry (any value is legal there)."""
+    more_q, more_k = -data.query.shape[3] % queries, -data.key.shape[2] % keys
 
     def operand(x, spec: Spec):
-        if spec.offset:  # the bands of a corner tile reach one block beyond the table
-            return widen(x, 3, (tiling.bq, tiling.bk), "edge")
         x = widen(x, 3, more_q, "edge") if spec.query else x
         return widen(x, 4, more_k, "edge") if spec.key else x
 
-    return Data(
+    return data._replace(
         query=widen(data.query, 3, more_q), key=widen(data.key, 2, more_k),
         value=None if data.value is None else widen(data.value, 2, more_k),
         operands=map_operands(operand, data.operands, program.specs),
         query_positions=widen(data.query_positions, 1, more_q, constant_values=-1),
-        key_positions=widen(data.key_positions, 1, more_k, constant_values=-1), seed=data.seed)
+        key_positions=widen(data.key_positions, 1, more_k, constant_values=-1))
 
 
-def map_operands(function, operands: Blocks, specs: Blocks, *more: Blocks) -> Blocks:
-    """``function(array, spec, ...)`` over the operands of every part."""
+def pad_to_blocks(program: Program, data: Data, tiling: Tiling) -> Data:
+    """Pads to whole blocks, and offset tables by one block on each side, for the bands of a corner tile reach that far."""
+    data = pad(program, data, tiling.bq, tiling.bk)
+    return data._replace(operands=map_operands(
+        lambda x, spec: widen(x, 3, (tiling.bq, tiling.bk), "edge") if spec.offset else x, data.operands, program.specs))
+
+
+def unpad_operand(x, like, spec: Spec, tiling: Tiling):
+    """The gradient of a padded operand as that of the operand: padding repeated its edges, and no allowed pair reads it."""
+    return x[..., tiling.bq: x.shape[-1] - tiling.bk] if spec.offset else x[tuple(slice(n) for n in like.shape)]
+
+
+def map_operands(function, operands: Blocks, specs: Blocks) -> Blocks:
+    """``function(array, spec)`` over the operands of every part."""
     leaves, structure = jax.tree.flatten(operands)
-    others = [jax.tree.leaves(m) for m in more]
-    flat_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec))
-    return jax.tree.unflatten(structure, [function(*args) for args in zip(leaves, flat_specs, *others)])
+    return jax.tree.unflatten(structure, [function(x, spec) for x, spec in zip(leaves, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)])
 
 
 def pad_rows(rows, tiling: Tiling):
     """Pads a pytree of [B, K, G, T, X] to whole query blocks."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[3] % tiling.bq), (0, 0)]), rows)
+    return jax.tree.map(lambda x: widen(x, 3, -x.shape[3] % tiling.bq), rows)
 
 
 # The tile table -----------------------------------------------------------------------------------------------------
@@ -245,12 +254,12 @@ def add_operand_block(program: Program, total, spec: Spec, block, positions, whe
     return _add(total, block[None], starts)
 
 
-def over_lanes(function, program: Program, where: Where, tiling: Tiling, groups: int):
+def over_lanes(function, program: Program, data: Data, where: Where, tiling: Tiling):
     """Vectorises ``function(q, k, v, rows, at, blocks)`` of one head over the tile's key-value heads and their groups.
 
     ``rows`` is any pytree of [lanes, G, bq, X]; keys and values are shared by a group; operands as their specs say.
     """
-    specs = program.specs
+    specs, groups = program.specs, data.query.shape[2]
 
     def axes(flag):
         return map_operands(lambda _, s: 0 if flag(s) else None, jax.tree.map(lambda _: 0, specs, is_leaf=_is_spec), specs)
@@ -260,11 +269,11 @@ def over_lanes(function, program: Program, where: Where, tiling: Tiling, groups:
         blocks = map_operands(squeeze, blocks, specs)
 
         def head(q, k, v, rows, kv, group, blocks):
-            return function(q, k, v, rows, At(where.b, kv * groups + group, *positions), blocks)
+            return function(q, k, v, rows, At(data.origin[0] + where.b, kv * groups + group, *positions), blocks)
 
         head = jax.vmap(head, in_axes=(0, None, None, 0, None, 0, axes(lambda s: s.group)))
         head = jax.vmap(head, in_axes=(0, 0, 0, 0, 0, None, axes(lambda s: s.kv)))
-        kv = where.c * tiling.lanes + jnp.arange(tiling.lanes, dtype=jnp.int32)
+        kv = data.origin[1] + where.c * tiling.lanes + jnp.arange(tiling.lanes, dtype=jnp.int32)
         return head(q, k, v, rows, kv, jnp.arange(groups, dtype=jnp.int32), blocks)
 
     return run

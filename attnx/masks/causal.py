@@ -21,6 +21,9 @@ class Causal(Mask):
     def count(self, query, key):
         return jnp.clip(query - key.low + 1, 0, key.high - key.low + 1)
 
+    def span(self):
+        return None, 0
+
     def as_jax_nn(self):
         return {"is_causal": True}
 

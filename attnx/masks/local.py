@@ -36,8 +36,8 @@ class Local(Mask):
         last = key.high if self.right is None else jnp.minimum(query + self.right, key.high)
         return jnp.maximum(last - first + 1, 0)
 
-    def reach(self):
-        return self.left
+    def span(self):
+        return self.left, self.right
 
     def as_jax_nn(self):
         return None if self.left is None or self.right is None else {"local_window_size": (self.left, self.right)}

@@ -9,8 +9,8 @@ class Decoder(Transformer):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from attnx.mechanism import pairs
-      >>> model = Decoder(TransformerConfig(features=32, num_layers=2), pairs(), rngs=nnx.Rngs(0))
+      >>> from attnx import masks, pairs
+      >>> model = Decoder(TransformerConfig(features=32, num_layers=2), pairs(mask=masks.causal()), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((1, 5), int)).shape
       (1, 5, 256)
       >>> state = model.init_state(batch=1, max_length=5)

@@ -9,8 +9,8 @@ class Encoder(Transformer):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from attnx.mechanism import pairs
-      >>> model = Encoder(TransformerConfig(features=32, num_layers=2), pairs(mask=None), rngs=nnx.Rngs(0))
+      >>> from attnx import masks, pairs
+      >>> model = Encoder(TransformerConfig(features=32, num_layers=2), pairs(), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((1, 5), int), positions=jnp.array([0, 1, 2, -1, -1])).shape  # two tokens of padding
       (1, 5, 32)
     """

@@ -27,9 +27,9 @@ class EncoderDecoder(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from attnx.mechanism import pairs
-      >>> everything = pairs(mask=None)
-      >>> model = EncoderDecoder(TransformerConfig(features=32, num_layers=2), pairs(), encoder_mechanism=everything,
+      >>> from attnx import masks, pairs
+      >>> everything = pairs()
+      >>> model = EncoderDecoder(TransformerConfig(features=32, num_layers=2), pairs(mask=masks.causal()), encoder_mechanism=everything,
       ...                        cross_mechanism=everything, rngs=nnx.Rngs(0))
       >>> source, target = jnp.zeros((1, 7), int), jnp.zeros((1, 5), int)
       >>> model(source, target).shape

@@ -1,6 +1,7 @@
 """Flax (nnx) blocks that are handed any mechanism of any engine."""
 
 from attnx.nn.attention import Attention, CrossState, SelfState
+from attnx.nn.attention_fn import as_attention_fn
 from attnx.nn.block import TransformerBlock
 from attnx.nn.common import constrain, logical_axes
 from attnx.nn.embedding import Embedding
@@ -9,4 +10,4 @@ from attnx.nn.mlp import MLP
 from attnx.nn.norms import make_norm
 from attnx.nn.stack import Stack
 
-__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "constrain", "logical_axes", "make_norm"]
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain", "logical_axes", "make_norm"]

@@ -23,13 +23,13 @@ def logical_axes(*names):
 
 
 def constrain(x, *names):
-    """Asks that an activation be sharded as the logical names of its axes say: 'batch', 'sequence', 'heads', 'kv_heads', 'mlp' or None.
+    """Asks that an activation be sharded as its axes' names say: 'batch', 'sequence', 'heads', 'kv_heads', 'mlp', 'vocab' or None.
 
-    Does nothing without a mesh (``jax.set_mesh``) or without rules (``nnx.logical_axis_rules``); an axis that the mesh does not divide stays
-    whole, as the one token of a decoding step does.
+    Does nothing outside jit, without a mesh (``jax.set_mesh``) or without rules (``nnx.logical_axis_rules``). An axis that the mesh does
+    not divide stays whole, as the one token of a decoding step does.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not linen.get_logical_axis_rules():
+    if mesh.empty or not linen.get_logical_axis_rules() or not isinstance(x, jax.core.Tracer):
         return x
     spec = linen.logical_to_mesh_axes(names)
     sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in spec]

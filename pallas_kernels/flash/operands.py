@@ -1,86 +1,137 @@
-"""How the operands of parts reach a kernel: their layout in memory, the window of a tile, and where their gradients add up.
+"""How arrays reach a kernel: their layout in memory, the window of a tile, and where the gradients of operands add up.
 
-Row quantities (one number a query) travel along lanes, [1, T], and are turned into [bq, 1] columns on chip: a [T, 1] array would occupy
-128 lanes a number. An 'offset' table stays on chip whole; a strided rotation spreads its window over the tile.
+Row quantities (one number a query) travel along lanes, [1, T], and are turned into columns [bq, 1] on chip: an array [T, 1] would occupy
+128 lanes a number. An 'offset' table lies on chip whole; a rotation by one more lane in each row spreads a window of it over the tile.
 """
 
-import math
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.parts import Spec
+
 LANES = 128
 
 
-def kind(spec) -> str:
-    """What an operand varies over within a head: 'offset', 'pair', 'query', 'key' or 'whole'."""
-    if spec.offset:
-        return "offset"
-    return {(True, True): "pair", (True, False): "query", (False, True): "key", (False, False): "whole"}[spec.query, spec.key]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+    """An array in memory and the block of it that a grid step sees.
 
+    Attributes:
+      array: what is read, or the shape and dtype of what is written.
+      shape: of the block; None removes an axis.
+      place: what numbers the blocks along each axis: 'b', 'k', 'g' (the head), 'i', 'j' (the tile), or None for the only one.
+      turned: the block is a row [1, n] whose tile wants a column [n, 1].
+    """
 
-class Window(NamedTuple):
-    """The block of an array that a tile reads: its shape (None: squeezed) and, from (b, k, g, i, j), its place."""
-
+    array: Any
     shape: tuple
-    place: tuple  # of names among 'b', 'k', 'g', 'i', 'j' or None for 0
+    place: tuple
+    turned: bool = False
+
+    def spec(self, index) -> pl.BlockSpec:
+        """The block specification; ``index(*grid indices and scalars) -> {name: number}``."""
+        return pl.BlockSpec(self.shape, lambda *args: tuple(0 if n is None else index(*args)[n] for n in self.place))
 
 
-def _lead(spec):
-    return tuple(name if varies else None for name, varies in zip("bkg", (spec.batch, spec.kv, spec.group)))
+class Form(NamedTuple):
+    """The static description of an operand within a head."""
+
+    kind: str  # what it varies over: 'query', 'key', 'pair', 'whole' (neither) or 'offset'
+    spec: Spec
+    extra: tuple  # sizes of its None axes
+    dtype: Any
+
+    @property
+    def lead(self):
+        return tuple(name if varies else None for name, varies in zip("bkg", self.spec))
 
 
-def prepare(x, spec, plan):
-    """A canonical operand [b, k, g, T or 1, S or 1, *None axes] (or [b, k, g, offset]) as the kernels read it, and its window."""
-    which, extra, lead = kind(spec), x.shape[5:], _lead(spec)
-    if x.dtype == bool:
-        x = x.astype(jnp.int8)
-    if which == "offset":
-        right = plan.bq + plan.bk + 2 * LANES  # room for the aligned window of the last tile
-        right += -(x.shape[3] + plan.bq + right) % LANES
-        x = jnp.pad(x, [(0, 0)] * 3 + [(plan.bq, right)], mode="edge")[:, :, :, None]
-        return x, Window((None, None, None, 1, x.shape[4]), (*lead, None, None))
-    sizes, names = {"pair": ((plan.bq, plan.bk), "ij"), "query": ((plan.bq,), "i"), "key": ((plan.bk,), "j"), "whole": ((1, 1), (None, None))}[which]
-    if which == "query":
-        x = x.reshape(*x.shape[:3], 1, x.shape[3]) if not extra else x.reshape(*x.shape[:4], *extra)
-    elif which == "key" and extra:
-        x = x.reshape(*x.shape[:3], x.shape[4], *extra)
-    if which in ("query", "key") and not extra:
-        sizes, names = (1, *sizes), (None, *names)
-    return x, Window((None, None, None, *sizes, *extra), (*lead, *names, *(None,) * len(extra)))
+def form(x, spec: Spec) -> Form:
+    """The form of a canonical operand [batch, kv_head, group, query, key, *None axes] or [batch, kv_head, group, offset]."""
+    kinds = {(True, True): "pair", (True, False): "query", (False, True): "key", (False, False): "whole"}
+    return Form("offset" if spec.offset else kinds[spec.query, spec.key], spec, x.shape[5:], x.dtype)
 
 
-def wide(x):
-    """32-bit numbers, which the vector units transpose."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x.astype(jnp.promote_types(x.dtype, jnp.int32))
+def matrix(x, lead, name: str, size: int) -> Window:
+    """[.., n, X] cut into blocks [size, X]."""
+    return Window(x, (None,) * len(lead) + (size, x.shape[-1]), (*lead, name, None))
+
+
+def line(x, lead, name: str, size: int, *, turned: bool = False) -> Window:
+    """Numbers [.., n] along lanes, [.., 1, n], cut into blocks [1, size]."""
+    return Window(x[..., None, :], (None,) * len(lead) + (1, size), (*lead, None, name), turned)
+
+
+def window(x, form: Form, bq: int, bk: int) -> Window:
+    """The window of a canonical operand that was padded to whole blocks."""
+    if form.kind == "offset":
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, LANES + -x.shape[3] % LANES)], mode="edge")  # windows start at whole lanes
+        return Window(x[..., None, :], (None, None, None, 1, x.shape[3]), (*form.lead, None, None))
+    x = x.astype(jnp.int8) if x.dtype == bool else x
+    more = (None,) * len(form.extra)
+    if form.kind == "pair":
+        return Window(x, (None, None, None, bq, bk, *form.extra), (*form.lead, "i", "j", *more))
+    if form.kind == "whole":
+        return Window(x, (None, None, None, 1, 1, *form.extra), (*form.lead, None, None, *more))
+    name, size = ("i", bq) if form.kind == "query" else ("j", bk)
+    x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *form.extra)
+    if form.extra:
+        return Window(x, (None, None, None, size, *form.extra), (*form.lead, name, *more))
+    return line(x, form.lead, name, size, turned=form.kind == "query")
+
+
+def _wide(x):
+    """Numbers of at least 32 bits, which the vector units can transpose."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32))
 
 
 def column(row):
     """[1, n] as [n, 1]."""
-    return wide(row).T
+    return _wide(row).T
 
 
 def row(column):
     """[n, 1] as [1, n]."""
-    return wide(column).T
+    return _wide(column).T
 
 
-def block(ref, spec, dtype, plan, start):
-    """The block [bq or 1, bk or 1, *None axes] that a part sees, from the window's ref.
+def block(x, form: Form):
+    """What a part sees, [bq or 1, bk or 1, *None axes], of an operand's window (a row already turned into a column)."""
+    if form.extra and form.kind in ("query", "key"):
+        x = jnp.expand_dims(x, 1 if form.kind == "query" else 0)
+    return x != 0 if form.dtype == bool else x.astype(form.dtype)
 
-    ``start`` is the entry of an offset table at the tile's lowest offset.
-    """
-    which, extra = kind(spec), len(ref.shape) - 2
-    if which == "offset":
-        return _spread(ref, plan, start)
-    x = ref[...]
-    if which == "query":
-        x = column(x) if x.shape[0] == 1 and len(x.shape) == 2 and plan.bq > 1 and not _whole(x, plan) else jnp.expand_dims(x, 1)
-    elif which == "key" and extra + 1 and x.shape[0] == plan.bk:
-        x = jnp.expand_dims(x, 0)
-    return x != 0 if dtype == bool else x.astype(dtype)
+
+# Offset tables ------------------------------------------------------------------------------------------------------
+
+
+def _aligned(start):
+    return pl.multiple_of((start >> 7) << 7, LANES), start & (LANES - 1)
+
+
+def spread(ref, start, bq: int, bk: int):
+    """The tile [bq, bk] whose entry (a, b) is ``ref[0, start + bq - 1 + b - a]``."""
+    base, rest = _aligned(start)
+    width = bq + bk
+    line = jnp.broadcast_to(_wide(ref[:, pl.ds(base, width + LANES)]), (8, width + LANES))
+    line = pltpu.roll(line, (width + LANES - rest) % (width + LANES), 1)[:1, :width]
+    return pltpu.roll(jnp.broadcast_to(line, (bq, width)), bk + 1, 1, stride=1, stride_axis=0)[:, :bk]
+
+
+def add_gathered(ref, tile, start):
+    """The transpose of :func:`spread`: adds a tile's diagonals to the table, halving the rows while shifting them into line."""
+    bq, bk = tile.shape
+    base, rest = _aligned(start)
+    width = bq + bk
+    x = jnp.concatenate([tile, jnp.zeros((bq, bq), tile.dtype)], 1)
+    rows = bq
+    while rows > 1:
+        rows //= 2
+        x = (pltpu.roll if rows >= 8 else jnp.roll)(x[:rows], rows, 1) + x[rows:]
+    x = jnp.broadcast_to(jnp.concatenate([x, jnp.zeros((1, LANES), x.dtype)], 1), (8, width + LANES))
+    ref[:, pl.ds(base, width + LANES)] += pltpu.roll(x, rest, 1)[:1]

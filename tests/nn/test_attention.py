@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnx.core.mechanism import pairs
+from attnx import masks, pairs
 from attnx.nn import Attention, Constant
 from attnx.positions import Rotary, rotary
 
+# The quickest to compile.
+CAUSAL, FULL = pairs(mask=masks.causal(), implementation="reference"), pairs(implementation="reference")
 B, T, S, D, N, K, H = 2, 6, 5, 16, 4, 2, 4
 EVERYTHING = dict(num_kv_heads=K, head_size=H, position=Rotary(), qk_norm="rms", output_gate="head", use_bias=True)
 
@@ -52,7 +54,7 @@ def definition(params, x, context, positions, key_positions, causal):
 @pytest.mark.parametrize("cross", [False, True])
 def test_equals_its_definition_with_gradients(cross):
     with jax.enable_x64(True):
-        module = randomise(Attention(D, N, mechanism=pairs(mask=None) if cross else pairs(), param_dtype=jnp.float64,
+        module = randomise(Attention(D, N, mechanism=FULL if cross else CAUSAL, param_dtype=jnp.float64,
                                      rngs=nnx.Rngs(0), **EVERYTHING))
         x, context = inputs(dtype=jnp.float64)
         positions = jnp.array([[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]])
@@ -78,7 +80,7 @@ def test_equals_its_definition_with_gradients(cross):
 
 def test_equals_flax_with_flax_parameters():
     theirs = nnx.MultiHeadAttention(N, D, dtype=jnp.float32, decode=False, normalize_qk=True, rngs=nnx.Rngs(1))
-    ours = Attention(D, N, mechanism=pairs(mask=None), qk_norm=lambda size, **kw: nnx.LayerNorm(size, use_bias=False, **kw),
+    ours = Attention(D, N, mechanism=FULL, qk_norm=lambda size, **kw: nnx.LayerNorm(size, use_bias=False, **kw),
                      use_bias=True, rngs=nnx.Rngs(0))
     state = nnx.to_pure_dict(nnx.state(theirs, nnx.Param))
     state = {name.replace("_ln", "_norm"): value for name, value in state.items()}
@@ -92,16 +94,16 @@ def test_equals_flax_with_flax_parameters():
 
 
 def test_initial_values_are_those_of_flax():
-    ours = Attention(64, 4, mechanism=pairs(), use_bias=True, rngs=nnx.Rngs(0))
+    ours = Attention(64, 4, mechanism=CAUSAL, use_bias=True, rngs=nnx.Rngs(0))
     assert abs(ours.query.kernel[...].std() - 1 / 8) < 0.01 and abs(ours.out.kernel[...].std() - 1 / 8) < 0.01
     assert (ours.value.bias[...] == 0).all()
-    same = Attention(64, 4, mechanism=pairs(), use_bias=True, rngs=nnx.Rngs(0))
+    same = Attention(64, 4, mechanism=CAUSAL, use_bias=True, rngs=nnx.Rngs(0))
     assert (same.key.kernel[...] == ours.key.kernel[...]).all() and (ours.key.kernel[...] != ours.query.kernel[...]).any()
 
 
 @pytest.fixture(scope="module")
 def everything():
-    return randomise(Attention(D, N, mechanism=pairs(), rngs=nnx.Rngs(0), **EVERYTHING))
+    return randomise(Attention(D, N, mechanism=CAUSAL, rngs=nnx.Rngs(0), **EVERYTHING))
 
 
 @nnx.jit
@@ -145,7 +147,7 @@ def test_steps_equal_the_call(everything):
 
 
 def test_cross_attention_steps_equal_the_call():
-    module = randomise(Attention(D, N, mechanism=pairs(mask=None), rngs=nnx.Rngs(0), **EVERYTHING))
+    module = randomise(Attention(D, N, mechanism=FULL, rngs=nnx.Rngs(0), **EVERYTHING))
     x, context = inputs()
     where = dict(context=context, context_positions=jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]))
     expected = call(module, x, **where)
@@ -158,7 +160,7 @@ def test_cross_attention_steps_equal_the_call():
 
 
 def test_sizes_that_differ():
-    module = Attention(D, N, mechanism=pairs(mask=None), head_size=3, value_size=5, num_kv_heads=1, context_features=7,
+    module = Attention(D, N, mechanism=FULL, head_size=3, value_size=5, num_kv_heads=1, context_features=7,
                        out_features=9, output_gate="channel", rngs=nnx.Rngs(0))
     shapes = {path[0]: p.shape for path, p in nnx.to_flat_state(nnx.state(module))}
     assert shapes == dict(query=(D, N, 3), key=(7, 1, 3), value=(7, 1, 5), out=(N, 5, 9), gate=(D, N, 5))
@@ -171,7 +173,7 @@ def test_sizes_that_differ():
 def test_dtypes_as_in_flax(dtype, param_dtype, x_dtype, expected):
     def build(x):
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-        ours = Attention(D, N, mechanism=pairs(), **common, **EVERYTHING)
+        ours = Attention(D, N, mechanism=CAUSAL, **common, **EVERYTHING)
         return ours(x), nnx.MultiHeadAttention(N, D, decode=False, **common)(x), nnx.state(ours)
 
     out, theirs, state = nnx.eval_shape(build, jax.ShapeDtypeStruct((B, T, D), x_dtype))
@@ -200,13 +202,13 @@ class Scaled:
     factor: jax.Array
 
     def __call__(self, query, key, value, **where):
-        return pairs()(query, key, value, **where) * self.factor
+        return CAUSAL(query, key, value, **where) * self.factor
 
     def init(self, *sizes):
-        return pairs().init(*sizes)
+        return CAUSAL.init(*sizes)
 
     def step(self, state, query, key, value):
-        state, out = pairs().step(state, query, key, value)
+        state, out = CAUSAL.step(state, query, key, value)
         return state, out * self.factor
 
 
@@ -220,7 +222,7 @@ class Learned(nnx.Module):
         return Scaled(self.factor[...])(query, key, value, **where)
 
     def init(self, *sizes):
-        return pairs().init(*sizes)
+        return CAUSAL.init(*sizes)
 
     def step(self, state, query, key, value):
         return Scaled(self.factor[...]).step(state, query, key, value)
@@ -228,7 +230,7 @@ class Learned(nnx.Module):
 
 def test_mechanisms_with_arrays_and_parameters():
     x, _ = inputs()
-    plain = Attention(D, N, mechanism=pairs(), rngs=nnx.Rngs(0))
+    plain = Attention(D, N, mechanism=CAUSAL, rngs=nnx.Rngs(0))
     held = Attention(D, N, mechanism=Scaled(jnp.array(3.0)), rngs=nnx.Rngs(0))
     learned = Attention(D, N, mechanism=Learned, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(call(held, x), 3 * call(plain, x), atol=1e-5)
@@ -255,7 +257,7 @@ def test_vmap_over_batches_of_batches(everything):
 ])
 def test_wrong_options_are_named(options, named):
     with pytest.raises(ValueError, match=named):
-        Attention(options.pop("features", D), N, mechanism=pairs(), rngs=nnx.Rngs(0), **options)
+        Attention(options.pop("features", D), N, mechanism=CAUSAL, rngs=nnx.Rngs(0), **options)
 
 
 def test_wrong_inputs_are_named(everything):

@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnx.core.mechanism import pairs
+from attnx import masks, pairs
 from attnx.nn import MLP, Attention, Embedding, Stack, TransformerBlock
-from attnx.nn.common import dropout
+from attnx.nn.common import constrain, dropout
 from attnx.positions import Rotary, sinusoidal
 
+# The quickest to compile.
+CAUSAL, FULL = pairs(mask=masks.causal(), implementation="reference"), pairs(implementation="reference")
 B, T, S, D, N = 2, 6, 5, 16, 4
 X, CONTEXT = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (B, S, D))
 
 
-def make_block(mechanism=pairs(), cross=False, *, param_dtype=jnp.float32, rngs, **options):
+def make_block(mechanism=CAUSAL, cross=False, *, param_dtype=jnp.float32, rngs, **options):
     common = dict(param_dtype=param_dtype, rngs=rngs)
     attention = functools.partial(Attention, D, N, **common)
     return TransformerBlock(D, attention=attention(mechanism=mechanism, position=Rotary()), mlp=MLP(D, 24, **common),
-                            cross_attention=attention(mechanism=pairs(mask=None)) if cross else None, **common, **options)
+                            cross_attention=attention(mechanism=FULL) if cross else None, **common, **options)
 
 
 @nnx.jit
@@ -50,7 +52,7 @@ def test_block_is_its_equation(norm_position, norm):
 
 def test_block_without_mlp_and_residual_dtype():
     def build(x):
-        block = TransformerBlock(D, attention=Attention(D, N, mechanism=pairs(), rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        block = TransformerBlock(D, attention=Attention(D, N, mechanism=CAUSAL, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         return block(x)
 
     assert nnx.eval_shape(build, jax.ShapeDtypeStruct(X.shape, jnp.bfloat16)).dtype == jnp.bfloat16
@@ -112,7 +114,7 @@ def test_scan_equals_loop_with_gradients(options):
         return out, pull(jnp.cos(out))
 
     with jax.enable_x64(True):
-        graph, params = nnx.split(Stack([wide(pairs()), wide(pairs(mask=None))], 4, rngs=nnx.Rngs(0), **options))
+        graph, params = nnx.split(Stack([wide(CAUSAL), wide(FULL)], 4, rngs=nnx.Rngs(0), **options))
         ours, theirs = jax.jit(lambda: (both(scanned), both(looped)))()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), ours, theirs)
 
@@ -173,3 +175,22 @@ def test_embedding():
 def test_wrong_input_is_named(call, named):
     with pytest.raises(ValueError, match=named):
         call(nnx.Rngs(0))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs the host devices that conftest asks for")
+def test_activations_are_constrained_by_rules():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = (("batch", ("data", "tensor")), ("sequence", "data"), ("mlp", "tensor"))
+
+    def sharding(shape, *names):
+        return jax.jit(lambda x: constrain(x + 0, *names))(jnp.ones(shape)).sharding
+
+    with jax.set_mesh(mesh):
+        assert sharding((2, 6, 4), None, "sequence", "mlp").is_fully_replicated
+        with nnx.logical_axis_rules(rules):
+            assert sharding((2, 6, 4), None, "sequence", "mlp").spec == jax.P(None, "data", "tensor")
+            assert sharding((2, 1, 4), None, "sequence", "mlp").spec == jax.P(None, None, "tensor")
+            assert sharding((8, 1, 1), "batch", None, None).spec == jax.P(("data", "tensor"))
+            assert (constrain(X, None, "sequence", "mlp") == X).all()
+    with nnx.logical_axis_rules(rules):
+        assert len(sharding((2, 6, 4), None, "sequence", "mlp").device_set) == 1

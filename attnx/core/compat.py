@@ -1,0 +1,29 @@
+"""The few places where supported versions of jax differ."""
+
+import jax
+from jax import lax
+
+
+def varying_axes(*trees) -> frozenset:
+    """The mesh axes over which any array of the trees varies, inside ``shard_map`` with its checks on; empty elsewhere."""
+    axes = frozenset()
+    for x in jax.tree.leaves(trees):
+        kind = jax.typeof(x)
+        kind = getattr(kind, "manual_axis_type", None) or kind
+        axes |= getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
+    return axes
+
+
+def vary(tree, axes: frozenset):
+    """The arrays marked as varying over ``axes``: what a loop's first carry must be when its body makes it so."""
+    def mark(x):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
+def psum_like(x, like):
+    """A gradient summed over the axes over which it varies but the array it belongs to does not."""
+    extra = tuple(sorted(varying_axes(x) - varying_axes(like)))
+    return lax.psum(x, extra) if extra else x

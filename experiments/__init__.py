@@ -1,0 +1,1 @@
+"""Experiments on attnx: training, comparing and measuring mechanisms."""

@@ -1,0 +1,71 @@
+"""The mathematics of one chunk of the recurrent engine, written once.
+
+    S_t = exp(g_t) * S_(t-1) + k_t v_t^T,        o_t = q_t S_t
+
+over C tokens of one head splits into a part that needs no state and a part that is one matrix product with the state that arrives:
+
+    o_i = sum_(j <= i) <q_i * exp(g_(j+1) + ... + g_i), k_j> v_j  +  (q_i * exp(g_1 + ... + g_i)) S_0
+    S_C = exp(g_1 + ... + g_C) * S_0  +  sum_j (k_j * exp(g_(j+1) + ... + g_C)) v_j^T
+
+The usual factorisation exp(G_i - G_j) = exp(G_i) exp(-G_j), G = cumsum g, overflows for strong decays, and the difference G_i - G_j loses
+the decays between i and j to rounding (and is NaN once some g is -inf). Here no two sums are ever subtracted: each pair j < i is
+separated by the middle of exactly one dyadic block, and its exponent is the sum from j to that middle plus the sum from there to i. Both are sums
+of log-decays, at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
+costs no more than rounding, per head or per channel, and all work is matrix products: C^2 H / 2 multiplications, as many as half of q k^T.
+
+All functions take two-dimensional blocks, are plain ``jax.numpy`` and may be differentiated any number of times in both modes; the
+backward chunk is ``jax.vjp`` of :func:`chunk`.
+"""
+
+import jax.numpy as jnp
+
+
+def decayed_scores(query, key, log_decay):
+    """The scores of a chunk, <q_i * exp(g_(j+1) + ... + g_i), k_j> for j <= i and 0 otherwise, and the sums of g from and to its borders.
+
+    Args:
+      query, key: [C, H], C a power of two.
+      log_decay: g [C, H], or [C, 1] with H = 1.
+
+    Returns:
+      ``(scores [C, C], since [C, H], until [C, H])``: ``since_i = g_1 + ... + g_i`` is what a state that arrives has lost by token i,
+      ``until_i = g_(i+1) + ... + g_C`` what the contribution of token i loses until the end of the chunk.
+    """
+    # Blocks of 1, 2, 4, ... tokens, [blocks, tokens, .]: those of one size are joined in pairs to those of the next.
+    scores = jnp.sum(query * key, axis=1)[:, None, None]
+    query, key, since = query[:, None], key[:, None], log_decay[:, None]
+    until = jnp.zeros_like(since)
+    while query.shape[0] > 1:
+        across = jnp.einsum("nih,njh->nij", query[1::2] * jnp.exp(since[1::2]), key[::2] * jnp.exp(until[::2]))
+        upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=2)
+        lower = jnp.concatenate([across, scores[1::2]], axis=2)
+        scores = jnp.concatenate([upper, lower], axis=1)
+        total = since[:, -1:]
+        since = jnp.concatenate([since[::2], since[1::2] + total[::2]], axis=1)
+        until = jnp.concatenate([until[::2] + total[1::2], until[1::2]], axis=1)
+        query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], x.shape[2]) for x in (query, key))
+    return scores[0], since[0], until[0]
+
+
+def chunk(query, key, value, log_decay):
+    """Everything of a chunk that does not need the state: ``(out, query, keep, added)``, with which
+
+        o = out + query S,        S <- keep * S + added
+
+    Args:
+      query, key: [C, H], C a power of two.
+      value: [C, Hv].
+      log_decay: None (no decay), [C, 1] (one decay for the head) or [C, H] (one for each channel of the key); at most 0, -inf allowed.
+
+    Returns:
+      ``out`` [C, Hv], the outputs without the state; ``query`` [C, H], decayed; ``keep`` [1 or H, 1], None without decay; ``added`` [H, Hv].
+    """
+    if log_decay is None:
+        return jnp.tril(query @ key.T) @ value, query, None, key.T @ value
+    if log_decay.shape[1] == query.shape[1]:
+        scores, since, until = decayed_scores(query, key, log_decay)
+    else:
+        one = jnp.ones_like(log_decay)
+        decay, since, until = decayed_scores(one, one, log_decay)
+        scores = decay * (query @ key.T)
+    return scores @ value, query * jnp.exp(since), jnp.exp(since[-1])[:, None], (key * jnp.exp(until)).T @ value

@@ -1,0 +1,294 @@
+"""Convolutions and moving averages: the direct, FFT, chunked and step forms against the sums that define them, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnx.core import convolve
+from attnx.core.convolve import (convolution, convolution_init, convolution_step, ema, ema_init, ema_kernel, ema_step,
+                                 exponential_moving_average, two_sided_kernel)
+
+# Convolution --------------------------------------------------------------------------------------------------------
+
+
+def toeplitz(kernel, origin, time, past=0, segments=None):
+    """[C, T, P + T]: the matrix of the convolution, y = matrix x."""
+    lag = past + np.arange(time)[:, None] - np.arange(past + time) + origin
+    inside = (lag >= 0) & (lag < kernel.shape[0])
+    if segments is not None:
+        inside = inside & (segments[past:, None] == segments)
+    return jnp.where(inside, jnp.moveaxis(kernel[np.clip(lag, 0, kernel.shape[0] - 1)], -1, 0), 0)
+
+
+def definition(x, kernel, origin=0, history=None, segments=None):
+    past = 0 if history is None else history.shape[1]
+    seen = x if history is None else jnp.concatenate([history, x], axis=1)
+    return jnp.einsum("cts,bsc->btc", toeplitz(kernel, origin, x.shape[1], past, segments), seen)
+
+
+def with_gradients(function):
+    """Output, and gradients of a fixed nonlinear function of it, in one compiled program."""
+    def scalar(*arrays):
+        y = function(*arrays)
+        return jnp.sum(jnp.sin(y) * jnp.arange(1, y.size + 1).reshape(y.shape)) / y.size, y
+
+    return jax.jit(lambda *arrays: (lambda g, y: (y, *g))(*jax.grad(scalar, tuple(range(len(arrays))), has_aux=True)(*arrays)))
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, float(jnp.max(jnp.abs(y), initial=0))))
+
+
+def arrays(*shapes, seed=0):
+    return [jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(seed), len(shapes)), shapes)]
+
+
+@pytest.mark.parametrize("time, taps, origin", [(7, 3, 0), (7, 3, 1), (7, 3, 2), (5, 9, 0), (5, 9, 4), (5, 30, 11), (1, 4, 0), (1, 1, 0)])
+def test_forms_agree_with_the_definition(time, taps, origin, x64):
+    x, kernel = arrays((2, time, 3), (taps, 3))
+    expected = with_gradients(functools.partial(definition, origin=origin))(x, kernel)
+    for form in ("direct", "fft"):
+        assert_close(with_gradients(functools.partial(convolution, origin=origin, implementation=form))(x, kernel), expected, 1e-12)
+
+
+@pytest.mark.parametrize("past, taps, origin", [(2, 5, 0), (9, 5, 1), (3, 5, 4)])
+def test_history(past, taps, origin, x64):
+    x, kernel, history = arrays((2, 6, 3), (taps, 3), (2, past, 3))
+    expected = with_gradients(lambda x, k, h: definition(x, k, origin, h))(x, kernel, history)
+    for form in ("direct", "fft"):
+        ours = with_gradients(lambda x, k, h: convolution(x, k, origin=origin, history=h, implementation=form))(x, kernel, history)
+        assert_close(ours, expected, 1e-12)
+
+
+@pytest.mark.parametrize("taps, origin", [(4, 0), (20, 10)])
+def test_segments_do_not_meet(taps, origin, x64):
+    x, kernel, history = arrays((2, 9, 3), (taps, 3), (2, 2, 3))
+    segments = np.array([5, 5, 5, 5, 1, 1, 2, -1, -1, 7, 7])
+    ours = with_gradients(lambda x, k, h: convolution(x, k, origin=origin, history=h, segment_ids=segments))(x, kernel, history)
+    expected = with_gradients(lambda x, k, h: definition(x, k, origin, h, segments))(x, kernel, history)
+    assert_close(ours, expected, 1e-12)
+    poisoned = convolution(x.at[:, 6:].set(jnp.nan), kernel, origin=origin, history=history, segment_ids=jnp.tile(segments, (2, 1)))
+    np.testing.assert_allclose(poisoned[:, :4], ours[0][:, :4], rtol=1e-12)
+
+
+def test_long_kernels_in_float32():
+    """FFT against direct where both are long, in the default choice of each side of the threshold."""
+    x, kernel = arrays((1, 300, 2), (300, 2))
+    direct, fft, chosen = (jax.jit(functools.partial(convolution, implementation=form))(x, kernel) for form in ("direct", "fft", None))
+    np.testing.assert_allclose(fft, direct, atol=2e-5 * float(abs(direct).max()))
+    assert (chosen == fft).all()
+    short = kernel[: convolve.SHORT]
+    assert (convolution(x, short) == convolution(x, short, implementation="direct")).all()
+
+
+def test_impulses_and_shared_kernels():
+    x, kernel = arrays((2, 6, 3), (4, 1))
+    impulse = jnp.zeros((5, 3)).at[2].set(1)
+    assert (convolution(x, impulse, origin=2) == x).all()
+    assert (convolution(x, impulse)[:, 2:] == x[:, :-2]).all()  # a token shift
+    assert (convolution(x, kernel) == convolution(x, jnp.tile(kernel, (1, 3)))).all()
+    assert (convolution(x[None], kernel)[0] == convolution(x, kernel)).all() and (convolution(x[0], kernel) == convolution(x, kernel)[0]).all()
+
+
+def test_correlation_of_lax():
+    x, kernel = arrays((2, 8, 3), (5, 3))
+    expected = jax.lax.conv_general_dilated(x, kernel[:, None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=3)
+    np.testing.assert_allclose(convolution(x, kernel[::-1], origin=2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_sided_kernel():
+    x, forward, backward = arrays((1, 6, 2), (4, 2), (3, 2))
+    both = convolution(x, forward) + convolution(x[:, ::-1], backward)[:, ::-1]
+    np.testing.assert_allclose(convolution(x, two_sided_kernel(forward, backward), origin=2), both, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+def test_convolution_streams(taps):
+    x, kernel = arrays((2, 7, 3), (taps, 3))
+    step = jax.jit(convolution_step)
+    state, ys = convolution_init(2, 3, taps), []
+    for start, stop in ((0, 1), (1, 2), (2, 3), (3, 7)):
+        state, y = step(state, kernel, x[:, start:stop])
+        assert state.shape == (2, taps - 1, 3)
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys, axis=1), convolution(x, kernel), rtol=1e-6, atol=1e-6)
+
+
+def test_dtypes_and_vmap():
+    x, kernel = arrays((2, 40, 3), (40, 3))
+    exact = convolution(x.astype(jnp.bfloat16).astype(jnp.float32), kernel)
+    for form in ("direct", "fft"):
+        half = convolution(x.astype(jnp.bfloat16), kernel, implementation=form)
+        assert half.dtype == jnp.bfloat16
+        np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=2**-8 * float(abs(exact).max()))
+    mapped = jax.vmap(convolution, (0, None))(x, kernel[:4])
+    np.testing.assert_allclose(mapped, convolution(x, kernel[:4]), rtol=1e-5, atol=1e-5)
+
+
+def test_directional_derivatives():
+    """Forward mode: the derivative of a bilinear map."""
+    x, kernel, dx, dk = arrays((1, 20, 2), (12, 2), (1, 20, 2), (12, 2))
+    for form in ("direct", "fft"):
+        f = functools.partial(convolution, implementation=form)
+        _, tangent = jax.jvp(f, (x, kernel), (dx, dk))
+        np.testing.assert_allclose(tangent, f(dx, kernel) + f(x, dk), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_linear(optimised):
+    """Forward and backward hold a few arrays of the input's size, however long the kernel."""
+    x, kernel = jax.ShapeDtypeStruct((1, 2048, 8), jnp.float32), jax.ShapeDtypeStruct((2048, 8), jnp.float32)
+    half = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    for function, inputs in ((functools.partial(convolution, implementation="direct"), (x, kernel)),
+                             (functools.partial(convolution, implementation="fft"), (x, kernel)),
+                             (functools.partial(ema, implementation="fft"), (x, half, half, half)),
+                             (functools.partial(ema, implementation="chunked"), (x, half, half, half))):
+        gradient = jax.grad(lambda *a: jnp.sum(function(*a) ** 2), tuple(range(len(inputs))))
+        used = jax.jit(gradient).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+        assert used < 32 * x.size * 4
+
+
+# Moving averages ----------------------------------------------------------------------------------------------------
+
+
+def recurrence(x, decay, gain, readout, state=None, segments=None):
+    """The definition, a step at a time."""
+    batch, time, channels = x.shape
+    decay, gain, readout = (jnp.broadcast_to(a, (channels, decay.shape[1])) for a in (decay, gain, readout))
+    h = jnp.zeros((batch, *decay.shape)) if state is None else state
+    keep = jnp.ones(time, bool) if segments is None else jnp.concatenate([jnp.array([True]), segments[1:] == segments[:-1]])
+
+    def step(h, at):
+        x, keep = at
+        h = jnp.where(keep, decay * h, 0) + gain * x[..., None]
+        return h, jnp.sum(readout * h, axis=-1).real
+
+    dtype = jnp.result_type(h, decay, gain)
+    h, y = jax.lax.scan(step, h.astype(dtype), (jnp.moveaxis(x, 1, 0), keep))
+    return jnp.moveaxis(y, 0, 1), h
+
+
+def coefficients(channels, n, complex_decay=False):
+    decay, gain, readout = arrays((channels, n), (channels, n), (channels, n), seed=1)
+    decay = jax.nn.sigmoid(2 * decay)
+    if complex_decay:
+        decay, gain, readout = decay * jnp.exp(1j * gain), gain + 0.5j, readout * (1 - 1j)
+    return decay, gain, readout
+
+
+@pytest.mark.parametrize("time", [1, 5, 150])
+def test_moving_averages_agree_with_the_recurrence(time, x64):
+    x, = arrays((2, time, 3))
+    parameters = coefficients(3, 4)
+    expected = with_gradients(lambda *a: recurrence(*a)[0])(x, *parameters)
+    for form in ("direct", "fft", "chunked"):
+        assert_close(with_gradients(functools.partial(ema, implementation=form))(x, *parameters), expected, 1e-10)
+
+
+def test_complex_decays(x64):
+    """A diagonal state-space model; gradients by the real and imaginary parts."""
+    x, = arrays((2, 150, 3))
+    parts = [f(a) for a in coefficients(3, 4, complex_decay=True) for f in (jnp.real, jnp.imag)]
+
+    def of_parts(function):
+        return lambda x, *p: function(x, *(re + 1j * im for re, im in zip(p[::2], p[1::2])))
+
+    expected = with_gradients(of_parts(lambda *a: recurrence(*a)[0]))(x, *parts)
+    for form in ("fft", "chunked"):
+        assert_close(with_gradients(of_parts(functools.partial(ema, implementation=form)))(x, *parts), expected, 1e-10)
+
+
+@pytest.mark.parametrize("time", [6, 150])
+def test_states_and_resets(time, x64):
+    x, state = arrays((2, time, 3), (2, 3, 4))
+    parameters = coefficients(3, 4)
+    segments = np.array([3, 3, 1, 3, 3, 3] if time == 6 else [0] * 40 + [1] * 24 + [2] + [1] * 70 + [5] * 15)
+
+    def both(function):
+        return lambda x, state, *p: jnp.concatenate([a.ravel() for a in function(x, state, *p)])
+
+    for ids in (None, segments):
+        ours = with_gradients(both(lambda x, s, *p: ema(x, *p, initial_state=s, segment_ids=ids, return_state=True)))(x, state, *parameters)
+        expected = with_gradients(both(lambda x, s, *p: recurrence(x, *p, s, ids)))(x, state, *parameters)
+        assert_close(ours, expected, 1e-10)
+
+
+@pytest.mark.parametrize("complex_decay", [False, True])
+def test_averages_stream(complex_decay):
+    x, = arrays((2, 70, 3))
+    parameters = coefficients(3, 4, complex_decay)
+    state, ys, step = ema_init(2, parameters[0]), [], jax.jit(ema_step)
+    for start, stop in ((0, 1), (1, 2), (2, 70)):
+        shape, dtype = state.shape, state.dtype
+        state, y = step(state, *parameters, x[:, start:stop])
+        assert (state.shape, state.dtype) == (shape, dtype)
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys, axis=1), ema(x, *parameters), rtol=1e-4, atol=1e-4)
+
+
+def test_extreme_decays_in_float32():
+    """From decays of 0 and 1 to a long memory: no NaN, and the forms agree."""
+    x = jnp.ones((1, 4096, 4))
+    decay = jnp.array([[0.0], [1e-4], [0.999], [1.0]])
+    for form in ("fft", "chunked"):
+        y, *gradients = with_gradients(functools.partial(ema, implementation=form))(x, decay, jnp.ones((4, 1)), jnp.ones((4, 1)))
+        assert all(np.isfinite(g).all() for g in gradients)
+        t = np.arange(1, 4097)
+        np.testing.assert_allclose(y[0], np.stack([t**0, (1 - 1e-4**t) / (1 - 1e-4), (1 - 0.999**t) / 0.001, t], -1), rtol=2e-4)
+
+
+def test_damped_average_of_mega():
+    """One dimension with beta = eta = 1 is y_t = a x_t + (1 - a d) y_(t-1); a bidirectional one is two kernels in one."""
+    x, = arrays((1, 9, 2))
+    alpha, delta = jnp.array([[0.3], [0.9]]), jnp.array([[0.5], [0.8]])
+    y, expected = np.zeros(2), []
+    for t in range(9):
+        y = alpha[:, 0] * x[0, t] + (1 - alpha[:, 0] * delta[:, 0]) * y
+        expected.append(y)
+    np.testing.assert_allclose(ema(x, 1 - alpha * delta, alpha, 1.0)[0], np.stack(expected), rtol=1e-5, atol=1e-6)
+    kernel = two_sided_kernel(ema_kernel(1 - alpha, alpha, alpha, 9), ema_kernel(1 - delta, delta, delta, 9))
+    both = ema(x, 1 - alpha, alpha, alpha) + ema(x[:, ::-1], 1 - delta, delta, delta)[:, ::-1]
+    np.testing.assert_allclose(convolution(x, kernel, origin=8), both, rtol=1e-4, atol=1e-5)
+
+
+def test_textbook_average():
+    x, = arrays((2, 5, 3))
+    alpha = jnp.array([0.1, 0.5, 1.0])
+    y = exponential_moving_average(x, alpha, initial_state=x[:, 0, :, None])  # starts at the first value
+    np.testing.assert_allclose(y[:, 0], x[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(y[:, 2], alpha * x[:, 2] + (1 - alpha) * y[:, 1], rtol=1e-4, atol=1e-6)
+    assert ema(x.astype(jnp.bfloat16), *coefficients(3, 2)).dtype == jnp.bfloat16
+
+
+def test_nothing_to_do():
+    empty = jnp.zeros((2, 0, 3))
+    y, state = ema(empty, *coefficients(3, 4), initial_state=jnp.ones((2, 3, 4)), return_state=True)
+    assert y.shape == empty.shape and (state == 1).all()
+    assert convolution(empty, jnp.ones((4, 3))).shape == empty.shape
+    assert convolution(jnp.zeros((0, 5, 3)), jnp.ones((4, 3))).shape == (0, 5, 3)
+    assert ema_kernel(*coefficients(3, 4), 0).shape == (0, 3)
+
+
+X, KERNEL, HALF = jnp.ones((1, 4, 2)), jnp.ones((3, 2)), jnp.ones((2, 1))
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: convolution(jnp.ones(4), KERNEL), ValueError, r"x: expected real numbers of shape \[..., T, C\], got float32\[4\]"),
+    (lambda: convolution(X, jnp.ones((3, 5))), ValueError, r"kernel: expected real numbers of shape \[L, 2\] or \[L, 1\]"),
+    (lambda: convolution(X, KERNEL, origin=3), ValueError, r"origin: expected an integer from 0 to 2, got 3"),
+    (lambda: convolution(X, KERNEL, history=jnp.ones((2, 1, 2))), ValueError, r"history: expected shape \[1, 'P', 2\]"),
+    (lambda: convolution(X, KERNEL, segment_ids=jnp.zeros(3, int)), ValueError, r"segment_ids: expected shape \[1, 4\] or \[4\]"),
+    (lambda: convolution(X, KERNEL, implementation="pallas"), ValueError, r"implementation: expected None or one of \('direct', 'fft'\)"),
+    (lambda: convolution(X, KERNEL, segment_ids=jnp.zeros(4, int), implementation="fft"), NotImplementedError, "segment_ids need 'direct'"),
+    (lambda: convolution_step(jnp.ones((1, 3, 2)), KERNEL, X), ValueError, r"state: expected the last 2 inputs"),
+    (lambda: ema(X, jnp.ones(2), HALF, HALF), ValueError, r"decay: expected shape \[C, n\] or a number, got float32\[2\]"),
+    (lambda: ema(X, jnp.ones((3, 1)), 1.0, 1.0), ValueError, r"decay: expected shape \[C, n\] with C = 2"),
+    (lambda: ema(X, HALF, HALF, HALF, initial_state=jnp.ones((1, 2))), ValueError, r"initial_state: expected shape \[1, 2, 1\]"),
+    (lambda: ema(X, HALF, HALF, HALF, return_state=True, implementation="fft"), NotImplementedError, "'chunked' does"),
+])
+def test_wrong_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
