@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from attnx import masks, scores
-from attnx.core.attention import attention
-from attnx.core.checks import check_integers, describe
+from attnx.core.attention import IMPLEMENTATIONS, attention
+from attnx.core.checks import as_array, check_choice, check_integer, check_integers, describe
 
 
 def dot_product_attention(query, key, value, bias=None, mask=None, *, scale=None, is_causal=False, query_seq_lengths=None,
@@ -39,7 +39,8 @@ def dot_product_attention(query, key, value, bias=None, mask=None, *, scale=None
     >>> attnx.dot_product_attention(x, x, x, is_causal=True).shape
     (2, 16, 4, 8)
     """
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    check_choice("implementation", implementation, ("xla", *IMPLEMENTATIONS))
+    query, key, value = (as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim not in (3, 4):
             raise ValueError(f"{name}: expected [B, T, N, H] or [T, N, H], got {describe(x)}")
@@ -49,8 +50,10 @@ def dot_product_attention(query, key, value, bias=None, mask=None, *, scale=None
         raise ValueError(f"value: expected the key's shape {list(key.shape)}, got {describe(value)}")
     parts = [masks.causal()] if is_causal else []
     if local_window_size is not None:
-        left, right = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size,) * 2
-        parts.append(masks.local(left, right))
+        window = tuple(local_window_size) if isinstance(local_window_size, (tuple, list)) else (local_window_size,) * 2
+        if len(window) != 2:
+            raise ValueError(f"local_window_size: expected (left, right) or one number for both, got {local_window_size}")
+        parts.append(masks.local(*(check_integer("local_window_size", size, least=0) for size in window)))
     lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
     for name, x in lengths.items():
         if x is not None and check_integers(name, x, ranks=(1,)).shape != (query.shape[0],):
@@ -58,14 +61,14 @@ def dot_product_attention(query, key, value, bias=None, mask=None, *, scale=None
     if any(x is not None for x in lengths.values()):
         parts.append(masks.lengths(query_seq_lengths, key_value_seq_lengths))
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = as_array("mask", mask, "booleans")
         if mask.dtype != bool:
             raise TypeError(f"mask: expected booleans (additive masks are biases), got {describe(mask)}")
         parts.append(masks.explicit(_four("mask", mask, query, key)))
     allowed = None
     for part in parts:
         allowed = part if allowed is None else allowed & part
-    extra = () if bias is None else scores.bias(_four("bias", jnp.asarray(bias), query, key))
+    extra = () if bias is None else scores.bias(_four("bias", as_array("bias", bias), query, key))
     out = attention(query, key, value, scores=extra, mask=allowed, scale=scale, return_residual=return_residual,
                     implementation="blockwise" if implementation == "xla" else implementation)
     if not return_residual:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core import cache
-from attnx.core.attention import attention
-from attnx.core.checks import check_parts
+from attnx.core.attention import IMPLEMENTATIONS, attention
+from attnx.core.checks import check_choice, check_dropout_rate, check_parts, check_scale
 from attnx.masks.documents import documents
 from pallas_kernels.parts import Mask, Score, Softmax, Weights, part, static
 
@@ -82,4 +82,8 @@ def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), 
     >>> window.init(batch=1, max_length=1000, kv_heads=2, key_size=8, value_size=8, dtype=jnp.float32).key.shape
     (1, 4, 2, 8)
     """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if scale is not None:
+        scale = check_scale(scale, 1)
+    dropout_rate = check_dropout_rate(dropout_rate)
     return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)

@@ -116,7 +116,12 @@ class Part:
 
 
 class Score(Part):
-    """A change of the scores: ``tile(s, at, *blocks) -> s``, elementwise in s, jnp only, no arrays but the blocks."""
+    """A change of the scores: ``tile(s, at, *blocks) -> s``, elementwise in s, jnp only, no arrays but the blocks.
+
+    ``horizon``: the distance |j - i| beyond which an 'offset' operand no longer changes; its ends are read there.
+    """
+
+    horizon: int = 0
 
     def tile(self, s, at: At, *blocks):
         raise NotImplementedError
@@ -396,7 +401,7 @@ class _Hole:
     def __repr__(self):
         return "array"
 
-    def __array__(self, *args, **kwargs):
+    def __jax_array__(self):
         raise TypeError("a part read one of its arrays inside a tile; declare it in operands() and use the block")
 
 

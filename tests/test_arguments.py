@@ -1,5 +1,7 @@
 """Wrong calls of the public API: each names the argument, what came and what was expected, in one line."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import attnx
 from attnx import masks, scores, weights
 from attnx.core import cache
+from pallas_kernels.parts import part
 
 Q, K, V = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 5, 2, 8)), jnp.ones((2, 5, 2, 3))
 X = jnp.ones((2, 6, 4, 8))
@@ -75,7 +78,6 @@ WRONG = {
     "block_sizes three": (attention(block_sizes=(1, 2, 3)), ValueError, "block_sizes:", "(1, 2, 3)", "(queries, keys)"),
     "block_sizes zero": (attention(block_sizes=(0, 4)), ValueError, "block_sizes:", "0", "at least 1"),
     "block_sizes float": (attention(block_sizes=(4.0, 4)), TypeError, "block_sizes:", "4.0", "integer"),
-    "block_sizes unused": (attention(block_sizes=(0, 4), implementation="reference"), ValueError, "block_sizes:", "0", "at least 1"),
     "hooks stage": (attention(hooks={"logits": min}), ValueError, "hooks:", "logits", "'scores' and 'weights'"),
     "hooks kind": (attention(hooks=min), TypeError, "hooks:", "min", "dict"),
     "return_residual": (attention(weights=weights.relu(), return_residual=True), ValueError, "return_residual:", "Relu", "exponential family"),
@@ -236,6 +238,37 @@ def modified(s, at):
     return s
 
 
+@part
+class Silent(scores.Score):
+    """Holds an array and says nothing of it."""
+
+    shift: Any
+
+
+@part
+class Shortcut(scores.Score):
+    """Reads its array without the execution's help."""
+
+    shift: Any
+
+    def operands(self, sizes):
+        return (attnx.Operand(self.shift, ()),)
+
+    def tile(self, s, at, shift):
+        return s + self.shift
+
+
+@part
+class Miscounted(masks.Mask):
+    """Declares one operand for two arrays."""
+
+    first: Any
+    second: Any
+
+    def operands(self, sizes):
+        return (attnx.Operand(self.first, ()),)
+
+
 UNSERVED = {
     "pallas": (attention(implementation="pallas"), "'pallas'", "use 'blockwise'"),
     "cudnn dropout": (attention(implementation="cudnn", dropout_rate=0.1, dropout_key=KEY), "'cudnn'", "dropout", "0.1", "use 'blockwise'"),
@@ -277,14 +310,20 @@ def test_offset_operand_in_a_mask():
 
 def test_part_that_reads_its_array():
     """A tile function gets blocks; reaching for the part's own array is an error that says so."""
-    part = scores.elementwise(modified)
-    shady = type(part)((jnp.ones(4),), _shady, ())
-    with pytest.raises(Exception, match="arity|operands|parameters|takes"):
-        attnx.attention(Q, K, V, scores=shady)
+    with pytest.raises(TypeError, match="a part read one of its arrays inside a tile; declare it in operands"):
+        attnx.attention(Q, K, V, scores=Shortcut(jnp.ones(())))
 
 
-def _shady(s, at):
-    return s
+def test_part_that_hides_its_array():
+    """A part with arrays says what their axes mean."""
+    with pytest.raises(NotImplementedError, match="Silent holds arrays and must say in operands"):
+        attnx.attention(Q, K, V, scores=Silent(jnp.ones(())))
+
+
+def test_part_with_another_arity():
+    """Composed masks share out operands by arity, so it has to be right."""
+    with pytest.raises(ValueError, match=r"mask \(Miscounted\): expected as many operands as its arity 2, got 1"):
+        attnx.attention(Q, K, V, mask=Miscounted(jnp.ones((), int), jnp.ones((), int)))
 
 
 def test_wrong_argument_under_jit():

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int
 from attnx.core import checks, cudnn, operations, reference
 from attnx.core.blockwise import Blockwise
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
+from attnx.core.ring import choose_ring
 from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
 
-IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "cudnn")
+IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "cudnn", "ring")
 
 
 def attention(
@@ -55,8 +56,8 @@ def attention(
       dropout_key: PRNG key, needed when dropout_rate > 0. The pattern depends on it and on logical positions alone.
       query_positions, key_positions: logical positions, int32 [T] or [B, T] ([S] or [B, S]); -1 is padding. 0, 1, 2, ... by default.
       implementation: "reference" (materialised, O(T S) memory, forward mode and hooks), "blockwise" (XLA fold, O(T) memory, any backend),
-        "pallas" (fused kernels), "cudnn" (jax.nn's); None picks the best that serves the call. A ring over devices is
-        :func:`attnx.ring_attention`.
+        "pallas" (fused kernels), "cudnn" (jax.nn's), "ring" (over the axis 'sequence' of the mesh in context; more to choose in
+        :func:`attnx.ring_attention`); None picks the best that serves the call.
       return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
         -inf for rows that attend to nothing. Exponential weights only.
       block_sizes: (queries, keys) of a tile in "blockwise"; chosen by default.
@@ -80,20 +81,21 @@ def attention(
     (1, 16, 4, 8)
     """
     chosen = _choose(implementation, hooks)
+    checks.check_array("value", value)
     weights, program, data = prepare(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate,
                                      dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if return_residual:
         checks.check_exponential("return_residual", weights)
     if chosen == "cudnn":
-        return cudnn.attention(query, key, value, scores=scores, mask=mask, weights=weights, scale=program.parts.scale,
+        return cudnn.attention(query, key, value, scores=checks.check_parts(scores, mask, weights), mask=mask, weights=weights, scale=program.parts.scale,
                                dropout_rate=program.parts.dropout_rate, positions=(query_positions, key_positions), return_residual=return_residual)
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        return _nothing(query, value, return_residual)
     sink = sink_of(program, weights)
-    if chosen == "reference":
+    if chosen == "reference" or no_tiles(program):
         out, r = _reference(program, data, sink) if not hooks else with_sink(*reference.output(program, data, hooks), sink)
     else:
-        out, r = _blockwise(Blockwise(program, choose_tiling(program, data, block_sizes)), data, sink)
+        tiling = choose_tiling(program, data, block_sizes)
+        executor = choose_ring(program, data, tiling) if chosen == "ring" else Blockwise(program, tiling)
+        out, r = _execute(executor, data, sink)
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -111,8 +113,44 @@ def prepare(query, key, value, *, scores=(), mask=None, weights=Softmax(), scale
     return weights, program, data
 
 
+def ring_attention(query, key, value, *, mesh=None, axis_name: str = "sequence", batch_axes=("data", "fsdp"), head_axes=("tensor",),
+                   zigzag: bool | None = None, return_residual: bool = False, block_sizes=None, **parts):
+    """:func:`attention` with the sequence over the devices of a mesh axis: key blocks travel around them.
+
+    Args:
+      query, key, value, return_residual, block_sizes: as in :func:`attention`; whole arrays, sharded or to be sharded.
+      mesh: the mesh; the one in context (``jax.set_mesh``) by default.
+      axis_name: the mesh axis that holds the sequence.
+      batch_axes, head_axes: the mesh axes that hold batch and key-value heads; those that the mesh lacks, or that do not divide, are left out.
+      zigzag: deal the sequence out so that causal work is equal on all devices; by default when the mask lets late queries see more.
+      **parts: scores, mask, weights, scale, dropout_rate, dropout_key, query_positions, key_positions. Each array among them is sharded
+        as its axes say.
+
+    Returns:
+      As :func:`attention`, sharded as [batch_axes, axis_name, head_axes].
+
+    Cost a device: time O(T S / P), memory O((T + S) / P), transfer O(S) in P steps that overlap the computation (fewer for masks of limited span).
+    First derivatives only. Liu, Zaharia, Abbeel: "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023, arXiv 2310.01889).
+
+    >>> import attnx, jax, jax.numpy as jnp
+    >>> mesh = jax.make_mesh((1,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> x = jnp.ones((1, 16, 4, 8))
+    >>> attnx.ring_attention(x, x, x, mesh=mesh, mask=attnx.masks.causal()).shape
+    (1, 16, 4, 8)
+    """
+    weights, program, data = prepare(query, key, value, **parts)
+    if return_residual:
+        checks.check_exponential("return_residual", weights)
+    if no_tiles(program):
+        return attention(query, key, value, return_residual=return_residual, implementation="reference", **parts)
+    ring = choose_ring(program, data, choose_tiling(program, data, block_sizes), mesh, axis_name, batch_axes, head_axes, zigzag)
+    out, r = _execute(ring, data, sink_of(program, weights))
+    out = unbind_output(out, query.dtype)
+    return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
+
+
 @partial(jax.jit, static_argnums=0)
-def _blockwise(executor: Blockwise, data: Data, sink):
+def _execute(executor, data: Data, sink):
     return with_sink(*operations.output(executor, data), sink)
 
 
@@ -124,7 +162,7 @@ def _reference(program: Program, data: Data, sink):
 def sink_of(program: Program, weights: Weights):
     """The canonical sink [B or 1, K or 1, G or 1, T or 1, 1] of the weights, or None."""
     operand = weights.sink(program.sizes) if isinstance(weights, Exponential) else None
-    return None if operand is None else bind_operand(operand, program.sizes, type(weights).__name__)[0]
+    return None if operand is None else bind_operand(operand, program.sizes, f"weights ({type(weights).__name__})")[0]
 
 
 def with_sink(out, r, sink):
@@ -139,9 +177,10 @@ def with_sink(out, r, sink):
 
 
 def _choose(implementation, hooks):
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {implementation!r}")
+    checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
     if hooks:
+        if not isinstance(hooks, dict):
+            raise TypeError(f"hooks: expected a dict from stages to functions, got {checks.describe(hooks)}")
         unknown = set(hooks) - {"scores", "weights"}
         if unknown:
             raise ValueError(f"hooks: expected stages 'scores' and 'weights', got {sorted(unknown)}")
@@ -153,6 +192,7 @@ def _choose(implementation, hooks):
     return implementation or "blockwise"
 
 
-def _nothing(query, value, return_residual):
-    out = jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
-    return (out, jnp.full(query.shape[:3], -jnp.inf, tile.accumulator_dtype(query.dtype))) if return_residual else out
+def no_tiles(program: Program) -> bool:
+    """Whether there is not a single pair to fold; the definition covers that."""
+    sizes = program.sizes
+    return 0 in (sizes.batch, sizes.heads, sizes.queries, sizes.keys)

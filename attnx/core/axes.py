@@ -310,7 +310,7 @@ def neighbourhoods(shape: Sequence[int], window: int | Sequence[int], *, dilatio
     return np.where(inside, table, -1).astype(np.int32)
 
 
-def gather_neighbours(x: jax.Array, table: jax.Array) -> jax.Array:
+def gather_neighbours(x: jax.Array, table: jax.Array | np.ndarray) -> jax.Array:
     """The tokens that a table of indices lists for each query: [B, S, ...] -> [B, T, W, ...], zeros where the index is negative.
 
     Args:

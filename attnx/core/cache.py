@@ -33,7 +33,9 @@ def init(batch: int, slots: int, kv_heads: int, key_size: int, value_size: int |
     """
     for name, x in (("batch", batch), ("slots", slots), ("kv_heads", kv_heads), ("key_size", key_size)):
         check_integer(name, x, least=1)
-    value_size = key_size if value_size is None else value_size
+    value_size = key_size if value_size is None else check_integer("value_size", value_size, least=1)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype: expected a floating-point dtype, got {describe(dtype)}")
     return KVCache(jnp.zeros((batch, slots, kv_heads, key_size), dtype), jnp.zeros((batch, slots, kv_heads, value_size), dtype),
                    jnp.full((slots,), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -43,12 +45,14 @@ def append(cache: KVCache, key: Float[Array, "B t K H"], value: Float[Array, "B 
 
     Cost: O(t) writes, in place where the cache is donated or carried by a loop.
     """
+    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
+        if new.ndim != 4 or (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
+            raise ValueError(f"{name}: expected shape {[old.shape[0], 't', *old.shape[2:]]} as the cache {describe(old)}, got {describe(new)}")
     slots, t = cache.key.shape[1], key.shape[1]
     if t > slots:
         raise ValueError(f"key: expected at most as many new tokens as the cache has slots ({slots}), got {describe(key)}")
-    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
-        if (new.shape[0], *new.shape[2:]) != (old.shape[0], *old.shape[2:]):
-            raise ValueError(f"{name}: expected shape {[old.shape[0], 't', *old.shape[2:]]} as the cache {describe(old)}, got {describe(new)}")
+    if value.shape[1] != t:
+        raise ValueError(f"value: expected {t} new tokens as in key {describe(key)}, got {describe(value)}")
     positions = cache.next + jnp.arange(t, dtype=jnp.int32)
     if t == 1:  # one contiguous write rather than a scatter
         slot = cache.next % slots

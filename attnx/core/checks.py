@@ -14,6 +14,20 @@ def describe(x) -> str:
     return f"{type(x).__name__} {x!r}"[:80]
 
 
+def as_array(name: str, value, expected: str = "an array") -> jax.Array:
+    """``jnp.asarray`` with an error that names the argument."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}") from error
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]):
+    """One of the names, or None."""
+    if value is not None and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))} or None, got {value!r}")
+
+
 def check_integer(name: str, value, *, least: int, most: int | None = None) -> int:
     """A static integer within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -23,12 +37,12 @@ def check_integer(name: str, value, *, least: int, most: int | None = None) -> i
     return int(value)
 
 
-def check_integers(name: str, value, *, ranks: tuple[int, ...]) -> jax.Array:
+def check_integers(name: str, value, *, ranks: tuple[int, ...] | None = None) -> jax.Array:
     """An integer or an integer array of one of the ranks, as int32."""
-    array = jnp.asarray(value)
+    array = as_array(name, value, "integers")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: expected integers, got {describe(value)}")
-    if array.ndim not in ranks:
+    if ranks is not None and array.ndim not in ranks:
         raise ValueError(f"{name}: expected an array of rank {' or '.join(map(str, ranks))}, got {describe(array)}")
     return array.astype(jnp.int32)
 
@@ -59,8 +73,17 @@ def check_function(name: str, value):
 
 def parameter_operands(params) -> tuple[tuple, tuple]:
     """The arrays and axes of a user function's parameters; a bare array is handed over whole."""
-    params = [p if isinstance(p, Operand) else Operand(p, (None,) * jnp.ndim(p)) for p in params]
-    return tuple(jnp.asarray(p.array) for p in params), tuple(tuple(p.axes) for p in params)
+    arrays, axes = [], []
+    for i, p in enumerate(params):
+        arrays.append(as_array(f"params[{i}]", p.array if isinstance(p, Operand) else p))
+        axes.append(tuple(p.axes) if isinstance(p, Operand) else (None,) * arrays[-1].ndim)
+    return tuple(arrays), tuple(axes)
+
+
+def check_array(name: str, x):
+    """Anything with a shape and a dtype."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected an array, got {describe(x)}")
 
 
 def check_query_key_value(query, key, value=None):
@@ -68,8 +91,7 @@ def check_query_key_value(query, key, value=None):
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x is None and name == "value":
             continue
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: expected an array, got {describe(x)}")
+        check_array(name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name}: expected a floating-point array, got {describe(x)}")
         if len(x.shape) != 4:
@@ -125,17 +147,35 @@ def check_positions(name: str, positions, batch: int, length: int):
     return array
 
 
-def check_dropout(rate, key):
-    """A static rate in [0, 1) and, where it is positive, a PRNG key; returns the rate and two uint32 words."""
+def check_block_sizes(block_sizes) -> tuple[int, int]:
+    """A pair of positive integers."""
+    if not isinstance(block_sizes, (tuple, list)):
+        raise TypeError(f"block_sizes: expected a pair (queries, keys), got {describe(block_sizes)}")
+    if len(block_sizes) != 2:
+        raise ValueError(f"block_sizes: expected a pair (queries, keys), got {describe(block_sizes)}")
+    return tuple(check_integer("block_sizes", size, least=1) for size in block_sizes)
+
+
+def check_dropout_rate(rate) -> float:
+    """A static rate in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)):
         raise TypeError(f"dropout_rate: expected a static number, got {describe(rate)}")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), got {rate}")
+    return float(rate)
+
+
+def check_dropout(rate, key):
+    """A static rate in [0, 1) and, where it is positive, a PRNG key; returns the rate and two uint32 words."""
+    rate = check_dropout_rate(rate)
     if rate == 0:
-        return 0.0, None
+        return rate, None
     if key is None:
         raise ValueError(f"dropout_key: expected a PRNG key with dropout_rate={rate}, got None")
-    return float(rate), jax.random.bits(key, (2,), jnp.uint32)
+    try:
+        return rate, jax.random.bits(key, (2,), jnp.uint32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"dropout_key: expected a PRNG key, got {describe(key)}") from error
 
 
 def check_exponential(name: str, weights):

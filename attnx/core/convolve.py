@@ -20,6 +20,9 @@ from jaxtyping import Array, Float, Inexact, Int, Real
 from attnx.core.checks import check_integer, check_integers, describe
 from pallas_kernels.tile import accumulator_dtype
 
+# The coefficients of an average: one for each channel and dimension, or one for all.
+Coefficients = Inexact[Array, "C n"] | float
+
 # Up to this many taps, or outputs, the direct form is chosen over the FFT.
 SHORT = 64
 
@@ -52,14 +55,14 @@ def _check_implementation(implementation, known):
 # Convolution --------------------------------------------------------------------------------------------------------
 
 
-def _direct(x, kernel, segments):
-    """Valid correlation of x [L - 1 + T, D] with kernel [L, D]; ``segments`` [L - 1 + T, D] or None.
+def _direct(x, kernel, segments, present):
+    """Valid correlation of x [L - 1 + T, D] with kernel [L, D]; ``segments`` [L - 1 + T, D] or None, the outputs' from ``present`` on.
 
     One step for each tap or, where they are fewer, for each output. Recomputing the step in the backward pass keeps memory at O(T + L).
     """
     taps = kernel.shape[0]
     length = x.shape[0] - taps + 1
-    here = None if segments is None else segments[taps - 1 :]
+    here = None if segments is None else segments[present : present + length]
 
     def seen(start, size, of):
         window = lax.dynamic_slice_in_dim(x, start, size)
@@ -146,7 +149,7 @@ def convolution(x: Float[Array, "*B T C"], kernel: Float[Array, "L C"], *, origi
         segment_ids = jnp.pad(segment_ids, pad)
     batch = seen.size // (seen.shape[-2] * channels)
     weights = jnp.tile(jnp.broadcast_to(kernel[::-1], (taps, channels)), (1, batch))
-    y = _direct(jnp.pad(columns(seen), pad), weights, segment_ids)
+    y = _direct(jnp.pad(columns(seen), pad), weights, segment_ids, reach)
     return jnp.moveaxis(y.reshape(time, batch, channels), 0, 1).reshape(x.shape).astype(x.dtype)
 
 
@@ -217,8 +220,7 @@ def _powers(decay, exponents):
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def ema_kernel(decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"],
-               length: int) -> Float[Array, "L C"]:
+def ema_kernel(decay: Coefficients, gain: Coefficients, readout: Coefficients, length: int) -> Float[Array, "L C"]:
     """The kernel of :func:`ema`: k_i = Re sum over n of readout gain decay^i, for i = 0..length-1.
 
     Two of them make a bidirectional average: ``two_sided_kernel(ema_kernel(...), ema_kernel(...))``.
@@ -266,7 +268,7 @@ def _by_chunks(x, decay, gain, readout, state, entry, runs, chunk):
     return (y + carried).reshape(batch, -1, channels), states[:, -1]
 
 
-def ema(x: Float[Array, "B T C"], decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"], *,
+def ema(x: Float[Array, "B T C"], decay: Coefficients, gain: Coefficients, readout: Coefficients, *,
         initial_state: Inexact[Array, "B C n"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
         implementation: str | None = None, return_state: bool = False):
     """Multi-dimensional moving average: h_t = decay * h_(t-1) + gain * x_t, y_t = Re sum over n of readout * h_t.
@@ -345,7 +347,7 @@ def ema_init(batch: int, decay: Inexact[Array, "C n"], dtype=jnp.float32) -> Ine
     return jnp.zeros((batch, *decay.shape), jnp.result_type(accumulator_dtype(dtype), decay))
 
 
-def ema_step(state: Inexact[Array, "B C n"], decay: Inexact[Array, "C n"], gain: Inexact[Array, "C n"], readout: Inexact[Array, "C n"],
+def ema_step(state: Inexact[Array, "B C n"], decay: Coefficients, gain: Coefficients, readout: Coefficients,
              x: Float[Array, "B t C"]) -> tuple[Inexact[Array, "B C n"], Float[Array, "B t C"]]:
     """Averages t new inputs: ``(state, y)``, with y that of :func:`ema` over the whole stream. O(t n) and a state of constant shape.
 
@@ -359,7 +361,7 @@ def ema_step(state: Inexact[Array, "B C n"], decay: Inexact[Array, "C n"], gain:
     return state, y
 
 
-def exponential_moving_average(x: Float[Array, "B T C"], alpha: Real[Array, "C"] | float, **kwargs):
+def exponential_moving_average(x: Float[Array, "B T C"], alpha: Real[Array, " C"] | float, **kwargs):
     """The textbook average y_t = alpha * x_t + (1 - alpha) * y_(t-1), from y_(-1) = 0 unless an ``initial_state`` [B, C, 1] says otherwise.
 
     Args:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from attnx.core.checks import check_dropout, check_integer, check_integers, check_scale, describe
@@ -24,6 +25,7 @@ from pallas_kernels.parts import At, Exponential, Operand, Parts, Sizes, Softmax
 
 
 def _accumulated(x):
+    x = jnp.asarray(x)
     return x.astype(tile.accumulator_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
@@ -44,10 +46,12 @@ def _indices(name: str, ids, size: int, length: int | None = None, mask=None):
 
 def _rows(x, ids):
     """``x[ids]``, with zeros for padding."""
-    return x.at[ids].get(mode="fill", fill_value=0)
+    if not len(x):
+        return jnp.zeros((len(ids), *x.shape[1:]), x.dtype)
+    return jnp.asarray(x).at[ids].get(mode="fill", fill_value=0)
 
 
-def segment_sum(data: Shaped[Array, "E ..."], segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None
+def segment_sum(data: Shaped[Array, "E ..."], segment_ids: Int[Array, " E"], num_segments: int, *, mask: Bool[Array, " E"] | None = None
                 ) -> Shaped[Array, "S ..."]:
     """Sums of the elements of each segment, accumulated in at least float32; 0 for an empty one.
 
@@ -61,10 +65,10 @@ def segment_sum(data: Shaped[Array, "E ..."], segment_ids: Int[Array, "E"], num_
     Array([4., 0., 2.], dtype=float32)
     """
     ids = _indices("segment_ids", segment_ids, num_segments, len(data), mask)
-    return jax.ops.segment_sum(_accumulated(data), ids, num_segments).astype(data.dtype)
+    return jax.ops.segment_sum(_accumulated(data), ids, num_segments).astype(jnp.result_type(data))
 
 
-def segment_mean(data: Float[Array, "E ..."], segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None
+def segment_mean(data: Float[Array, "E ..."], segment_ids: Int[Array, " E"], num_segments: int, *, mask: Bool[Array, " E"] | None = None
                  ) -> Float[Array, "S ..."]:
     """Means of the elements of each segment; 0 for an empty one. Arguments as for :func:`segment_sum`.
 
@@ -73,10 +77,10 @@ def segment_mean(data: Float[Array, "E ..."], segment_ids: Int[Array, "E"], num_
     """
     ids = _indices("segment_ids", segment_ids, num_segments, len(data), mask)
     count = jnp.maximum(degree(ids, num_segments), 1).reshape(-1, *(1,) * (data.ndim - 1))
-    return (jax.ops.segment_sum(_accumulated(data), ids, num_segments) / count).astype(data.dtype)
+    return (jax.ops.segment_sum(_accumulated(data), ids, num_segments) / count).astype(jnp.result_type(data))
 
 
-def segment_max(data: Float[Array, "E ..."], segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None
+def segment_max(data: Float[Array, "E ..."], segment_ids: Int[Array, " E"], num_segments: int, *, mask: Bool[Array, " E"] | None = None
                 ) -> Float[Array, "S ..."]:
     """The largest element of each segment; 0 (not -inf) for an empty one. Arguments as for :func:`segment_sum`; ties share the gradient.
 
@@ -85,10 +89,10 @@ def segment_max(data: Float[Array, "E ..."], segment_ids: Int[Array, "E"], num_s
     """
     ids = _indices("segment_ids", segment_ids, num_segments, len(data), mask)
     some = (degree(ids, num_segments) > 0).reshape(-1, *(1,) * (data.ndim - 1))
-    return jnp.where(some, jax.ops.segment_max(data, ids, num_segments), 0)
+    return jnp.where(some, jax.ops.segment_max(jnp.asarray(data), ids, num_segments), 0)
 
 
-def degree(segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None) -> Int[Array, "S"]:
+def degree(segment_ids: Int[Array, " E"], num_segments: int, *, mask: Bool[Array, " E"] | None = None) -> Int[Array, " S"]:
     """How many elements each segment has: the in-degree of receivers, the out-degree of senders.
 
     >>> degree(jnp.array([0, 2, 0, -1]), 3)
@@ -106,8 +110,8 @@ def _node_operand(operand: Operand, sizes: Sizes, owner: str):
     return array[0, :, 0, :, 0].T
 
 
-def segment_weights(scores: Float[Array, "E N"], segment_ids: Int[Array, "E"], num_segments: int, weights: Weights, *,
-                    mask: Bool[Array, "E"] | None = None) -> Float[Array, "E N"]:
+def segment_weights(scores: Float[Array, "E N"], segment_ids: Int[Array, " E"], num_segments: int, weights: Weights, *,
+                    mask: Bool[Array, " E"] | None = None) -> Float[Array, "E N"]:
     """The weight of each score, given the scores of its segment; each head by itself.
 
     Args:
@@ -174,8 +178,8 @@ def segment_weights(scores: Float[Array, "E N"], segment_ids: Int[Array, "E"], n
     return jnp.where(valid, weights.weight(s, tuple(map(spread, map(tile.given_rows, rows))), *operands), 0)
 
 
-def segment_softmax(scores: Float[Array, "E *N"], segment_ids: Int[Array, "E"], num_segments: int, *, mask: Bool[Array, "E"] | None = None
-                    ) -> Float[Array, "E *N"]:
+def segment_softmax(scores: Float[Array, "E ..."], segment_ids: Int[Array, " E"], num_segments: int, *,
+                    mask: Bool[Array, " E"] | None = None) -> Float[Array, "E ..."]:
     """The softmax of each score among those of its segment: w_e = e^(s_e - m) / sum over the segment of e^(s - m), m its maximum.
 
     Args:
@@ -195,8 +199,8 @@ def segment_softmax(scores: Float[Array, "E *N"], segment_ids: Int[Array, "E"], 
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
-def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], senders: Int[Array, "E"], receivers: Int[Array, "E"],
-                 num_nodes: int, *, edge_mask: Bool[Array, "E"] | None = None, weights: Weights = Softmax(), dropout_rate: float = 0.0,
+def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], senders: Int[Array, " E"], receivers: Int[Array, " E"],
+                 num_nodes: int, *, edge_mask: Bool[Array, " E"] | None = None, weights: Weights = Softmax(), dropout_rate: float = 0.0,
                  dropout_key: Array | None = None, return_weights: bool = False):
     """Attention from given scores: out_i = sum over edges e: j -> i of w_e v_j, the weights normalised over the edges into i.
 
@@ -239,10 +243,10 @@ def attend_edges(scores: Float[Array, "E N"], value: Float[Array, "U K Hv"], sen
     return (out, given) if return_weights else out
 
 
-def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], value: Float[Array, "U K Hv"], senders: Int[Array, "E"],
-                   receivers: Int[Array, "E"], *, edge_scores: Float[Array, "E N"] | None = None, edge_mask: Bool[Array, "E"] | None = None,
-                   weights: Weights = Softmax(), scale: float | None = None, self_loops: bool = False, dropout_rate: float = 0.0,
-                   dropout_key: Array | None = None, return_weights: bool = False):
+def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], value: Float[Array, "U K Hv"], senders: Int[Array, " E"],
+                   receivers: Int[Array, " E"], *, edge_scores: Float[Array, "E N"] | None = None,
+                   edge_mask: Bool[Array, " E"] | None = None, weights: Weights = Softmax(), scale: float | None = None,
+                   self_loops: bool = False, dropout_rate: float = 0.0, dropout_key: Array | None = None, return_weights: bool = False):
     """Multi-head attention over the edges of a graph: s_e = scale * q_i . k_j + edge_scores_e for an edge e: j -> i.
 
     On a complete graph this is dense attention. Permuting nodes or edges permutes the output, to rounding.
@@ -287,8 +291,8 @@ def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], val
         senders, receivers, edge_mask, edge_scores = add_self_loops(senders, receivers, nodes, edge_mask=edge_mask, features=edge_scores)
     senders = _indices("senders", senders, key.shape[0], mask=edge_mask)
     receivers = _indices("receivers", receivers, nodes, len(senders), edge_mask)
-    q, k = _rows(query, receivers).reshape(len(senders), kv_heads, -1, size), _rows(key, senders)
-    scores = jnp.einsum("ekgh,ekh->ekg", q, k, preferred_element_type=tile.accumulator_dtype(query.dtype)).reshape(-1, heads)
+    q, k = _rows(query, receivers).reshape(-1, kv_heads, heads // kv_heads, size), _rows(key, senders)
+    scores = jnp.einsum("ekgh,ekh->ekg", q, k, preferred_element_type=tile.accumulator_dtype(query.dtype)).reshape(len(senders), heads)
     scores = scores * check_scale(scale, size)
     if edge_scores is not None:
         scores = scores + edge_scores
@@ -302,13 +306,13 @@ def edge_attention(query: Float[Array, "V N H"], key: Float[Array, "U K H"], val
 class Edges(NamedTuple):
     """A padded edge list: E slots, of which ``mask`` says which are edges, and what is known of each edge."""
 
-    senders: Int[Array, "E"]
-    receivers: Int[Array, "E"]
-    mask: Bool[Array, "E"]
+    senders: Int[Array, " E"]
+    receivers: Int[Array, " E"]
+    mask: Bool[Array, " E"]
     features: Shaped[Array, "E ..."] | None = None
 
 
-def add_self_loops(senders: Int[Array, "E"], receivers: Int[Array, "E"], num_nodes: int, *, edge_mask: Bool[Array, "E"] | None = None,
+def add_self_loops(senders: Int[Array, " E"], receivers: Int[Array, " E"], num_nodes: int, *, edge_mask: Bool[Array, " E"] | None = None,
                    features: Float[Array, "E ..."] | None = None, fill: float | str = 0.0) -> Edges:
     """Appends one edge i -> i for every node, and masks those that were there before: E + V slots.
 
@@ -326,7 +330,9 @@ def add_self_loops(senders: Int[Array, "E"], receivers: Int[Array, "E"], num_nod
     mask = (senders != receivers) & (senders < num_nodes) & (receivers < num_nodes)
     nodes = jnp.arange(num_nodes, dtype=jnp.int32)
     if features is not None:
-        if fill == "mean":
+        if isinstance(fill, str):
+            if fill != "mean":
+                raise ValueError(f"fill: expected a number or 'mean', got {fill!r}")
             loops = segment_mean(features, receivers, num_nodes, mask=mask)
         else:
             loops = jnp.full((num_nodes, *features.shape[1:]), fill, features.dtype)
@@ -354,7 +360,7 @@ def dense_to_edges(adjacency: Shaped[Array, "V U"], size: int | None = None) -> 
     """
     if adjacency.ndim != 2:
         raise ValueError(f"adjacency: expected shape [V, U], got {describe(adjacency)}")
-    if size is not None and not isinstance(adjacency, jax.core.Tracer) and (found := int(jnp.count_nonzero(adjacency))) > size:
+    if size is not None and not isinstance(adjacency, Tracer) and (found := int(jnp.count_nonzero(adjacency))) > size:
         raise ValueError(f"size: expected at least the number of edges, {found}, got {size}")
     receivers, senders = (x.astype(jnp.int32) for x in jnp.nonzero(adjacency, size=size, fill_value=-1))
     mask = receivers >= 0

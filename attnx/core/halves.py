@@ -4,6 +4,7 @@
     out_i = sum_j weight(s_ij, r_i) v_j                       apply, with r from anywhere: another mask, layer or axis
 """
 
+import math
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnx.core import checks, operations, reference
-from attnx.core.attention import prepare, sink_of, with_sink
+from attnx.core.attention import IMPLEMENTATIONS, no_tiles, prepare, sink_of, with_sink
 from attnx.core.blockwise import Blockwise
 from attnx.core.program import Data, Program, bind_operand, unbind_output
 from attnx.core.tiling import choose_tiling
@@ -19,10 +20,11 @@ from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Operand, Softmax, Weights
 
 
-def _implementation(name):
+def _materialises(name, program):
+    checks.check_choice("implementation", name, IMPLEMENTATIONS)
     if name not in (None, "reference", "blockwise"):
         raise NotImplementedError(f"implementation={name!r} has no separate halves; use 'blockwise', 'reference' or None")
-    return name or "blockwise"
+    return name == "reference" or no_tiles(program)
 
 
 def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], *, implementation: str | None = None, block_sizes=None, **parts):
@@ -47,7 +49,7 @@ def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
     Array([0.       , 0.6931472, 1.0986123, 1.3862944], dtype=float32)
     """
     weights, program, data = prepare(query, key, None, **parts)
-    if _implementation(implementation) == "reference":
+    if _materialises(implementation, program):
         rows = _reference_statistics(program, data)
     else:
         rows = _blockwise_statistics(Blockwise(program, choose_tiling(program, data, block_sizes)), data)
@@ -77,6 +79,7 @@ def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: F
     >>> bool(jnp.allclose(attnx.apply(q, k, v, attnx.row_statistics(q, k)), attnx.attention(q, k, v), atol=1e-6))
     True
     """
+    checks.check_array("value", value)
     weights, program, data = prepare(query, key, value, **parts)
     rows = tuple(r) if isinstance(r, (tuple, list)) else (r,)
     if len(rows) != len(weights.statistics):
@@ -87,7 +90,7 @@ def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: F
     dtype = tile.accumulator_dtype(query.dtype)
     b, k, g, t, _ = data.query.shape
     rows = tuple(x.astype(dtype).transpose(0, 2, 1).reshape(b, k, g, t, 1) for x in rows)
-    if _implementation(implementation) == "reference":
+    if _materialises(implementation, program):
         out = _reference_apply(program, data, rows)
     else:
         out = _blockwise_apply(Blockwise(program, choose_tiling(program, data, block_sizes)), data, rows)
@@ -138,26 +141,32 @@ def attend_scores(scores: Float[Array, "... T S"], value: Float[Array, "... S Hv
     >>> attnx.attend_scores(jnp.zeros((1, 4)), jnp.arange(4.0)[:, None])
     Array([[1.5]], dtype=float32)
     """
-    scores, value = jnp.asarray(scores), jnp.asarray(value)
+    scores, value = checks.as_array("scores", scores), checks.as_array("value", value)
     for name, x in (("scores", scores), ("value", value)):
         if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating-point array [..., T, S] and [..., S, Hv], got {checks.describe(x)}")
     if scores.shape[-1] != value.shape[-2]:
         raise ValueError(f"value: expected S = {scores.shape[-1]} rows as the scores {checks.describe(scores)} have columns, got {checks.describe(value)}")
     checks.check_parts((), None, weights)
-    (t, s), lead = scores.shape[-2:], jnp.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
-    flat = jnp.broadcast_to(scores, (*lead, t, s)).reshape(-1, t, s).astype(tile.accumulator_dtype(scores.dtype))[:, None, None]
-    ok = jnp.ones((), bool) if mask is None else jnp.asarray(mask)
+    t, s = scores.shape[-2:]
+    try:
+        lead = jnp.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+    except ValueError as error:
+        raise ValueError(f"value: expected leading axes that broadcast with the scores {checks.describe(scores)}, got {checks.describe(value)}") from error
+    ok = checks.as_array("mask", True if mask is None else mask, "booleans")
     if ok.dtype != bool:
         raise TypeError(f"mask: expected booleans that broadcast to the scores {checks.describe(scores)}, got {checks.describe(mask)}")
-    ok = jnp.broadcast_to(ok, (*lead, t, s)).reshape(-1, t, s)[:, None, None]
+    shape = (*lead, t, s)
+    if ok.ndim > len(shape) or any(n not in (1, full) for n, full in zip(ok.shape[::-1], shape[::-1])):
+        raise ValueError(f"mask: expected booleans that broadcast to {list(shape)}, got {checks.describe(ok)}")
+    flat, ok = (jnp.broadcast_to(x, shape).reshape(math.prod(lead), 1, 1, t, s) for x in (scores.astype(tile.accumulator_dtype(scores.dtype)), ok))
     ones = jnp.zeros((flat.shape[0], t, 1, 1), flat.dtype)  # a query and key of no content: only their sizes matter
     _, program, data = prepare(ones, jnp.zeros((flat.shape[0], s, 1, 1), flat.dtype), None, weights=weights)
     w, r = reference.weights(program, data, flat, ok)
     sink = sink_of(program, weights)
     if sink is not None:
         w, _ = with_sink(w, r, sink)
-    w = w.reshape(*lead, t, s)
+    w = w.reshape(shape)
     out = jnp.einsum("...ts,...sv->...tv", w.astype(value.dtype), value, preferred_element_type=tile.accumulator_dtype(value.dtype))
     return (out.astype(value.dtype), w) if return_weights else out.astype(value.dtype)
 
@@ -184,8 +193,10 @@ def merge(a, b):
     """
     for name, pair in (("a", a), ("b", b)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or jnp.shape(pair[0])[:-1] != jnp.shape(pair[1]):
-            shapes = [jnp.shape(x) for x in pair] if isinstance(pair, (tuple, list)) else type(pair).__name__
-            raise ValueError(f"{name}: expected a pair (out [..., Hv], r [...]), got {shapes}")
+            got = [jnp.shape(x) for x in pair] if isinstance(pair, (tuple, list)) else checks.describe(pair)
+            raise ValueError(f"{name}: expected a pair (out [..., Hv], r [...]), got {got}")
+    if jnp.shape(a[0]) != jnp.shape(b[0]):
+        raise ValueError(f"b: expected an output of shape {jnp.shape(a[0])} as in a, got {jnp.shape(b[0])}")
     return tile.merge(a, b)
 
 

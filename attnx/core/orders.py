@@ -96,7 +96,7 @@ def token_order(shape: Sequence[int], order: str = "raster") -> np.ndarray:
     return np.argsort(_RANKS[order](shape, coordinates), kind="stable").astype(np.int32)
 
 
-def permute(x: jax.Array, order: jax.Array, *, axis: int = 1) -> jax.Array:
+def permute(x: jax.Array, order: jax.Array | np.ndarray, *, axis: int = 1) -> jax.Array:
     """Reorders an axis: element t of the result is element ``order[t]`` of x.
 
     Args:
@@ -113,7 +113,7 @@ def permute(x: jax.Array, order: jax.Array, *, axis: int = 1) -> jax.Array:
     return x.at[at].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def inverse_order(order: jax.Array) -> jax.Array:
+def inverse_order(order: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """The permutation that undoes ``order``: ``permute(permute(x, order), inverse_order(order))`` is x. O(T).
 
     ``order`` is int [T]; NumPy gives NumPy, a JAX array (traced or not) a JAX array.

@@ -26,10 +26,14 @@ class Program:
     sizes: Sizes
     contiguous: bool  # consecutive positions inside every block, so that offset tables may be read by slices
 
+    @property
+    def flat_specs(self) -> list[Spec]:
+        """The specs of all operands, in tree order."""
+        return [spec for group in (*self.specs.scores, self.specs.mask, self.specs.weights) for spec in group]
+
     def inexact_specs(self, operands: Blocks) -> list[Spec]:
         """The specs of those operands that have gradients, in tree order."""
-        flat = [spec for group in (*self.specs.scores, self.specs.mask, self.specs.weights) for spec in group]
-        return [spec for x, spec in zip(jax.tree.leaves(operands), flat, strict=True) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return [spec for x, spec in zip(jax.tree.leaves(operands), self.flat_specs, strict=True) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 class Data(NamedTuple):
@@ -59,9 +63,14 @@ def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array,
         raise ValueError(f"{owner}: operand axes must be distinct names among {sorted(full)}, got {axes}")
     if "offset" in named and ({"query", "key"} & set(named) or None in axes):
         raise ValueError(f"{owner}: an 'offset' operand has no other position axis and no None axis, got {axes}")
+    if {"head", "kv_head"} <= set(named):
+        raise ValueError(f"{owner}: an operand varies over 'head' or 'kv_head', not both, got {axes}")
     for name, size in zip(axes, array.shape):
         if name is not None and size not in (1, full[name]):
             raise ValueError(f"{owner}: expected {name} axis of size 1 or {full[name]}, got {size} in shape {array.shape} with axes {axes}")
+
+    varies = [i for i, (name, size) in enumerate(zip(axes, array.shape)) if name is None or size > 1]
+    array, axes = array.reshape([array.shape[i] for i in varies]), [axes[i] for i in varies]
 
     def size(name):
         return array.shape[axes.index(name)] if name in axes else 1
@@ -76,9 +85,11 @@ def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array,
     return jnp.transpose(array, order).reshape(size("batch"), kv, group, *positions, *extra), spec
 
 
-def _bind_part(part, sizes):
-    owner = type(part).__name__
+def _bind_part(part, sizes, argument):
+    owner = f"{argument} ({type(part).__name__})"
     bound = [bind_operand(operand, sizes, owner) for operand in part.operands(sizes)]
+    if len(bound) != part.arity:
+        raise ValueError(f"{owner}: expected as many operands as its arity {part.arity}, got {len(bound)}")
     return tuple(a for a, _ in bound), tuple(s for _, s in bound)
 
 
@@ -87,15 +98,15 @@ def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, s
     """Checks nothing that the caller has not: see :mod:`attnx.core.checks`."""
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     if offsets is None:
-        reach = max(t, s) - 1
+        reach = max([t, s, *(score.horizon + 1 for score in scores)]) - 1
         offsets = (-(t - 1), s - 1) if query_positions is None and key_positions is None else (-reach, reach)
     sizes = Sizes(b, n, k, t, s, offsets, query.dtype)
     if contiguous is None:
         contiguous = query_positions is None and key_positions is None
-    scores = tuple(sorted(scores, key=lambda p: not isinstance(p, Similarity)))
-    arrays, specs = zip(*(_bind_part(p, sizes) for p in scores)) if scores else ((), ())
-    mask_arrays, mask_specs = _bind_part(mask, sizes) if mask is not None else ((), ())
-    weight_arrays, weight_specs = _bind_part(weights, sizes)
+    bound = [(part, *_bind_part(part, sizes, f"scores[{i}]")) for i, part in enumerate(scores)]
+    scores, arrays, specs = zip(*sorted(bound, key=lambda x: not isinstance(x[0], Similarity))) if bound else ((), (), ())
+    mask_arrays, mask_specs = _bind_part(mask, sizes, "mask") if mask is not None else ((), ())
+    weight_arrays, weight_specs = _bind_part(weights, sizes, "weights")
     parts = Parts(tuple(strip(p) for p in scores), strip(mask) if mask is not None else None, strip(weights), float(scale), float(dropout_rate))
     program = Program(parts, Blocks(tuple(specs), mask_specs, weight_specs), sizes, contiguous)
     data = Data(

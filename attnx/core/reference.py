@@ -11,15 +11,18 @@ from jax import lax
 from attnx.core.blockwise import Blockwise
 from attnx.core.operations import row_operands
 from attnx.core.program import Data, Program
-from attnx.core.tiling import Tiling, Where, over_lanes
+from attnx.core.tiling import Tiling, Where, over_lanes, pad_to_blocks
 from pallas_kernels import tile
 from pallas_kernels.parts import At, Exponential, Root
 
 
 def scores(program: Program, data: Data):
     """Scores and which pairs are allowed, both [B, K, G, T, S]."""
-    b, k, _, t, _ = data.query.shape
-    tiling = Tiling(t, data.key.shape[2], k)
+    (b, k, g, t, _), s = data.query.shape, data.key.shape[2]
+    if 0 in (b, k, g, t, s):
+        return jnp.zeros((b, k, g, t, s), tile.accumulator_dtype(data.query.dtype)), jnp.zeros((b, k, g, t, s), bool)
+    tiling = Tiling(t, s, k)
+    data = pad_to_blocks(program, data, tiling)
     load = Blockwise(program, tiling).load
 
     def head(q, k, v, rows, at, blocks):

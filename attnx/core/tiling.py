@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnx.core.checks import check_integer
+from attnx.core.checks import check_block_sizes
+from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, Spec
 from pallas_kernels.parts import At, Blocks, Cover, Range
 
@@ -27,7 +28,7 @@ class Tiling(NamedTuple):
 def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
     """Tile sizes for a call: given ones, or what was fastest at its shape class."""
     t, s, k = data.query.shape[3], data.key.shape[2], data.key.shape[1]
-    bq, bk = (512, 512) if block_sizes is None else (check_integer("block_sizes", b, least=1) for b in block_sizes)
+    bq, bk = (512, 512) if block_sizes is None else check_block_sizes(block_sizes)
     return Tiling(min(bq, t), min(bk, s), 1)
 
 
@@ -250,7 +251,7 @@ def add_operand_block(program: Program, total, spec: Spec, block, positions, whe
         expand, start, length = _bands(program, positions, where, tiling)
         if start is not None:
             starts, sizes = [*starts[:3], start], [*sizes[:3], length]
-        (block,) = jax.linear_transpose(expand, jax.ShapeDtypeStruct(sizes[1:], block.dtype))(block)
+        (block,) = jax.vjp(expand, vary(jnp.zeros(sizes[1:], block.dtype), varying_axes(block)))[1](block)
     return _add(total, block[None], starts)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from attnx.core.checks import as_array, describe
 from pallas_kernels.parts import Cover, Mask, Operand, Range, part
 
 
@@ -38,7 +39,10 @@ def explicit(array) -> Mask:
     Array([[1., 0.],
            [0., 1.]], dtype=float32)
     """
-    array = jnp.asarray(array)
-    if array.dtype != bool or not 2 <= array.ndim <= 4:
-        raise TypeError(f"array: expected booleans [B, N, T, S], [N, T, S] or [T, S], got {array.dtype}{list(array.shape)}")
+    expected = "booleans [B, N, T, S], [N, T, S] or [T, S]"
+    array = as_array("array", array, expected)
+    if array.dtype != bool:
+        raise TypeError(f"array: expected {expected}, got {describe(array)}")
+    if not 2 <= array.ndim <= 4:
+        raise ValueError(f"array: expected {expected}, got {describe(array)}")
     return Explicit(array)

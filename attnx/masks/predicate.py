@@ -45,5 +45,7 @@ def predicate(function: Callable, *params, cover: Callable | None = None) -> Mas
     Array([0.5, 0. , 0.5, 0. ], dtype=float32)
     """
     check_function("function", function)
+    if cover is not None:
+        check_function("cover", cover)
     arrays, axes = parameter_operands(params)
     return Predicate(arrays, function, axes, cover)

@@ -12,8 +12,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attnx.core.checks import check_integer, check_real
+from attnx.core.checks import check_integer, check_integers, check_real
 from pallas_kernels.parts import Operand, Score, part, static
+
+
+def _check_buckets(name, num_buckets, max_distance, bidirectional):
+    sides = 4 if bidirectional else 2  # near and far buckets on each side
+    if check_integer(name, num_buckets, least=0) < sides:
+        raise ValueError(f"{name}: expected at least {sides} buckets, got {num_buckets}")
+    check_integer("max_distance", max_distance, least=num_buckets // sides + 1)
 
 
 def t5_bucket(offset, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
@@ -21,7 +28,8 @@ def t5_bucket(offset, num_buckets: int = 32, max_distance: int = 128, bidirectio
 
     Bidirectional: the upper half of the buckets is for offsets > 0. Otherwise offsets > 0 fall into bucket 0.
     """
-    offset = jnp.asarray(offset)
+    _check_buckets("num_buckets", num_buckets, max_distance, bidirectional)
+    offset = check_integers("offset", offset)
     start = 0
     if bidirectional:
         num_buckets //= 2
@@ -42,6 +50,10 @@ class T5Bias(Score):
     table: Any
     max_distance: int = static(default=128)
     bidirectional: bool = static(default=True)
+
+    @property
+    def horizon(self):
+        return self.max_distance
 
     def operands(self, sizes):
         low, high = sizes.offsets
@@ -65,7 +77,5 @@ def t5_bias(table, *, max_distance: int = 128, bidirectional: bool = True) -> Sc
     >>> out = attnx.attention(q, k, v, scores=attnx.scores.t5_bias(jnp.zeros((32, 2))))
     """
     table = check_real("table", table, ranks=(2,))
-    check_integer("max_distance", max_distance, least=table.shape[0] // (4 if bidirectional else 2) + 1)
-    if table.shape[0] < (4 if bidirectional else 2):
-        raise ValueError(f"table: expected at least {4 if bidirectional else 2} buckets, got {table.shape[0]}")
+    _check_buckets("table", table.shape[0], max_distance, bidirectional)
     return T5Bias(table, max_distance, bool(bidirectional))

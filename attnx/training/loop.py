@@ -31,7 +31,7 @@ def fit(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]
       save_every: steps from one checkpoint to the next; the last step has one too.
       metrics: where each step's metrics and the seconds spent so far are recorded.
       extra: what to save beside the state (JSON-able).
-      report: called after each step with its number and its metrics.
+      report: called with the step from which training goes on and no metrics, then after each step with its number and its metrics.
       notify: called with a message where a checkpoint is damaged or resumed from.
       place: puts a batch on the devices.
 
@@ -50,6 +50,7 @@ def fit(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]
         batches.set_state(restored.extra["data"])
         notify(f"resuming from step {first}")
     metrics.truncate(first)
+    report(first, {})
     started = time.perf_counter() - seconds
 
     def settle(number, values):

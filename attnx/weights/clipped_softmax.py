@@ -54,4 +54,8 @@ def clipped_softmax(gamma=-0.03, zeta=1.0) -> Weights:
     >>> attnx.attention_weights(q, k, weights=attnx.weights.clipped_softmax(zeta=1.03))
     Array([[[[1., 0.]]]], dtype=float32)
     """
+    if isinstance(gamma, (int, float)) and gamma > 0:
+        raise ValueError(f"gamma: expected a number of at most 0, got {gamma}")
+    if isinstance(zeta, (int, float)) and zeta < 1:
+        raise ValueError(f"zeta: expected a number of at least 1, got {zeta}")
     return ClippedSoftmax(check_real("gamma", gamma, ranks=(0,)), check_real("zeta", zeta, ranks=(0,)))

@@ -11,6 +11,7 @@ import functools
 
 import jax.numpy as jnp
 
+from attnx.core.checks import describe
 from pallas_kernels.parts import Root, Weights, part, static
 
 
@@ -57,7 +58,7 @@ def entmax(alpha: float) -> Weights:
     Array([[[[0.75, 0.25, 0.  ]]]], dtype=float32)
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha: expected a static number, got {type(alpha).__name__}")
+        raise TypeError(f"alpha: expected a static number, got {describe(alpha)}")
     if not 1 < alpha <= 2:
         raise ValueError(f"alpha: expected 1 < alpha <= 2, got {alpha}")
     return Entmax(float(alpha))

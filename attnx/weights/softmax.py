@@ -22,5 +22,7 @@ def softmax(sink=None, temperature=None) -> Exponential:
     >>> attnx.attention_weights(q, k, weights=attnx.weights.softmax(sink=0.0))[0, 0, 0].round(3)
     Array([0.25, 0.25, 0.25], dtype=float32)
     """
+    if isinstance(temperature, (int, float)) and temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
     return Softmax(None if sink is None else check_real("sink", sink, ranks=(0, 1)),
                    None if temperature is None else check_real("temperature", temperature, ranks=(0, 1, 3)))

@@ -202,7 +202,7 @@ def _key_side(plan, data, body, rows, timetable, chosen):
         def _():
             jax.tree.map(_write, main, sums)
 
-    main, found = _launch(plan, timetable, data, rows, "bksg", step, (main, windows), main_sums, "fold_keys_key_side")
+    main, found = _launch(plan, timetable, data, rows, "bksg", step, (main, windows), main_sums, "fold_keys_key_side", by_key=True)
     totals = {n: found[n].sum(_shared_axes(f)[: 2 - f.spec[:2].count(True)], keepdims=True).reshape(shape) for n, f, shape in chosen}
     return (main[0], main[1] if len(main) > 1 else None), totals
 
@@ -248,7 +248,8 @@ class Here(NamedTuple):
     offset: Any
 
 
-def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callable, outputs, scratch, name: str, *, zeroed: bool = False):
+def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callable, outputs, scratch, name: str, *,
+            by_key: bool = False, zeroed: bool = False):
     """Runs ``step(here, tile, output refs, scratch refs)`` over a grid whose axes are ``order``: letters of 'bkgs', s the steps of a schedule.
 
     ``tile()`` reads what a tile function wants: (q, k, v, rows, at, blocks, seed). ``zeroed``: blocks that no step visits are to hold zeros.
@@ -261,12 +262,12 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
 
     def look_up(ids, steps):
         lists = (ids["b"] * heads if by_batch else 0) + (ids["k"] if by_head else 0)
-        return unpack(steps[lists * length + ids["s"]])
+        at = unpack(steps[lists * length + ids["s"]])
+        i, j = (at.inner, at.outer) if by_key else (at.outer, at.inner)
+        return {**ids, "i": i, "j": j, "kind": at.kind, "first": at.first, "last": at.last}
 
     def index(*args):
-        ids = dict(zip(order, args))
-        at = look_up(ids, args[4])
-        return {**ids, "i": at.i, "j": at.j}
+        return look_up(dict(zip(order, args)), args[4])
 
     leaves, structure = jax.tree.flatten(data.operands)
     forms = [form(x, spec) for x, spec in zip(leaves, _specs(plan), strict=True)]
@@ -288,11 +289,10 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
         refs = iter(refs)
         scalars, ins, _, outs, kept, columns = ([next(refs) for _ in range(n)] for n in parts)
         steps, query_starts, key_starts, seed, origin = scalars
-        ids = {c: pl.program_id(axis) for axis, c in enumerate(order)}
-        at = look_up(ids, steps)
-        query_start = query_starts[(ids["b"] * nq if q_batched else 0) + at.i]
-        key_start = key_starts[(ids["b"] * nk if k_batched else 0) + at.j]
-        here = Here(**ids, **at._asdict(), offset=key_start - query_start - plan.low + 1)
+        at = look_up({c: pl.program_id(axis) for axis, c in enumerate(order)}, steps)
+        query_start = query_starts[(at["b"] * nq if q_batched else 0) + at["i"]]
+        key_start = key_starts[(at["b"] * nk if k_batched else 0) + at["j"]]
+        here = Here(**at, offset=key_start - query_start - plan.low + 1)
 
         if turned:
             @pl.when(here.first)
@@ -309,7 +309,7 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
         def tile():
             offsets = {id(ref) for ref, f in zip(jax.tree.unflatten(inputs_tree, ins).operands, forms) if f.kind == "offset"}
             values = jax.tree.unflatten(inputs_tree, [None if id(ref) in offsets else load(n) for n, ref in enumerate(ins)])
-            where = values.positions or (_consecutive(query_start, at.i, plan.bq, plan.queries, 0), _consecutive(key_start, at.j, plan.bk, plan.keys, 1))
+            where = values.positions or (_consecutive(query_start, here.i, plan.bq, plan.queries, 0), _consecutive(key_start, here.j, plan.bk, plan.keys, 1))
             refs = jax.tree.unflatten(inputs_tree, ins).operands
             blocks = [block(spread(ref, here.offset, plan.bq, plan.bk) if f.kind == "offset" else x, f)
                       for x, ref, f in zip(values.operands, refs, forms)]

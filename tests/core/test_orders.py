@@ -18,7 +18,8 @@ def test_orders_are_permutations(name, shape):
     assert (order[inverse_order(order)] == np.arange(order.size)).all()
 
 
-@pytest.mark.parametrize("name, shape", [("snake", (3, 5)), ("snake", (3, 4, 5)), ("hilbert", (2, 2)), ("hilbert", (16, 16)), ("hilbert", (8, 8, 8))])
+@pytest.mark.parametrize("name, shape", [("snake", (3, 5)), ("snake", (3, 4, 5)), ("hilbert", (2, 2)), ("hilbert", (16, 16)),
+                                         ("hilbert", (8, 8, 8))])
 def test_consecutive_positions_are_neighbours(name, shape):
     walk = np.stack(np.unravel_index(token_order(shape, name), shape), -1)
     assert (abs(np.diff(walk, axis=0)).sum(-1) == 1).all()

@@ -1,0 +1,151 @@
+"""Trains a small language model with each of several mechanisms and compares them."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from attnx import training
+from attnx.cli import UsageError
+from experiments.mechanisms import MECHANISMS
+from experiments.ngrams import ngram_bits
+from experiments.options import parse
+from experiments.progress import Meter
+from experiments.report import draw, printable, table
+from experiments.run import Recipe, Run, claim
+
+LONGER = 4  # times the training length, at which models are evaluated too
+_ORDERS = (1, 2, 3)  # of the n-gram baselines
+_OVERHEAD = 0.25  # what compiling and evaluating cost, in the training of a mechanism
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Recipe):
+    """Trains a small decoder of bytes on real text with each of several attention mechanisms, under the same budget: same sizes, initial
+    seed, batches and number of steps. Whole files are held out; on them it measures bits per byte, with n-gram models for comparison.
+
+    Ends with a table, a figure, checkpoints (for `attnx generate`) and a sample of each model. Stopped and called again, it goes on
+    where it was.
+    """
+
+    mechanisms: tuple[str, ...] = tuple(MECHANISMS)
+    """Mechanisms to compare, by name; module:function names your own, a function of the training length."""
+    out: Path = Path("runs/compare")
+    """Folder of the results."""
+    windows: int = 8
+    """Windows of four times the training length to evaluate in each held-out file."""
+    smoke: bool = False
+    """The same in seconds, with models too small and too little trained to mean anything; in runs/smoke unless --out says otherwise."""
+
+
+def main(program: str, arguments: Sequence[str]) -> int:
+    """The command ``compare``."""
+    options = _settle(parse(Options, program, arguments))
+    compare(options, Console())
+    return 0
+
+
+def _settle(options: Options) -> Options:
+    if not options.mechanisms or len(set(options.mechanisms)) < len(options.mechanisms):
+        raise UsageError(f"--mechanisms: expected one or more different names, got {' '.join(options.mechanisms) or 'none'}")
+    if not options.smoke:
+        return options
+    out = Path("runs/smoke") if options.out == Options.out else options.out
+    return dataclasses.replace(options, features=32, layers=2, heads=2, length=32, steps=40, save_every=20, windows=1, out=out)
+
+
+def compare(options: Options, console: Console) -> dict[str, Any]:
+    """Trains, evaluates and reports; returns what it also writes to ``compare.json``."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "mechanisms", "smoke")}
+    recipe = Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
+    claim(options.out / "options.json", given)
+    corpus = training.read(options.data)
+    train, held = corpus.split()
+    spans = training.spans(held, LONGER * options.length, options.windows)
+    console.print(f"Training on {len(train.names)} files, {len(train.tokens) / 1e6:.1f} MB; held out: {len(held.names)} files, of which "
+                  f"{spans.valid.sum() / 1e3:.0f} kB are predicted.", highlight=False)
+    if not spans.valid.all(axis=1).any():
+        raise training.DataError(f"no held-out file has {LONGER * options.length} bytes; try a smaller --length or more text")
+    ngrams = [{"order": order, **_per_file(bits[spans.positions], spans)}
+              for order, bits in enumerate(ngram_bits(train, held, max(_ORDERS))) if order in _ORDERS]
+    work = options.steps * (1 + _OVERHEAD)
+    with Meter(work * len(options.mechanisms), console) as meter:
+        results = [_measure(Run(options.out / _folder(name), name, recipe), train, spans, meter, index * work, console)
+                   for index, name in enumerate(options.mechanisms)]
+    summary = {"text": {"training_files": len(train.names), "training_bytes": len(train.tokens), "held_out_files": len(held.names),
+                        "predicted_bytes": int(spans.valid.sum())},
+               "options": json.loads(json.dumps(given)), "ngrams": ngrams, "mechanisms": results}
+    (options.out / "compare.json").write_text(json.dumps(summary, indent=2))
+    draw(summary, {name: training.Metrics(options.out / _folder(name) / "metrics.jsonl").read() for name in options.mechanisms},
+         options.out / "compare.png")
+    for result in results:
+        console.rule(result["mechanism"], style="dim")
+        console.print(f"[dim]{printable(result['prompt'])}[/]{printable(result['sample'])}", highlight=False)
+    console.print(table(summary))
+    console.print(f"Figure, numbers and checkpoints are in {options.out}; try: attnx generate {options.out / _folder(options.mechanisms[0])}",
+                  highlight=False)
+    return summary
+
+
+def _measure(run: Run, train: training.Corpus, spans: training.Spans, meter: Meter, before: float,
+             console: Console) -> dict[str, Any]:
+    """Trains and evaluates one mechanism, unless that has been done; ``before`` is where the meter stands."""
+    file, steps = run.folder / "result.json", run.recipe.steps
+    if file.exists():
+        meter.skip(before + steps * (1 + _OVERHEAD))
+        return json.loads(file.read_text())
+    meter.at(before, f"{run.name}: compiling")
+    prepared = run.prepare()
+    memory = prepared.step.memory_analysis()
+
+    def report(step, values):
+        if values:
+            meter.at(before + step, f"{run.name}: step {step} of {steps}, {values['loss'] / np.log(2):.2f} bits per byte")
+        else:
+            meter.skip(before + step)
+
+    params = run.train(prepared, train, report=report, notify=lambda message: console.print(f"{run.name}: {message}", highlight=False))
+    records = run.metrics.read()
+    meter.at(before + steps, f"{run.name}: evaluating")
+    longer = run.model.evaluate(params, spans)
+    cut = _cut(spans, run.recipe.length)
+    prompt = spans.tokens[spans.valid.all(axis=1)][0, 1:65].astype(np.uint8).tobytes()
+    sample = bytes(run.model.stream(params, prompt, 160, temperature=0.7))
+    result = {"mechanism": run.name, **_per_file(run.model.evaluate(params, cut), cut),
+              "longer": _per_file(longer, spans), "by_position": (np.sum(longer * spans.valid, axis=0) / np.sum(spans.valid, axis=0)).tolist(),
+              "tokens_per_second": steps * run.recipe.batch * run.recipe.length / records[-1]["seconds"],
+              "memory_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+              - memory.alias_size_in_bytes,
+              "state_bytes": run.model.state_bytes(LONGER * run.recipe.length),
+              "parameters": sum(x.size for x in jax.tree.leaves(params)),
+              "prompt": prompt.decode(errors="replace"), "sample": sample.decode(errors="replace")}
+    finished = file.with_suffix(".tmp")
+    finished.write_text(json.dumps(result, indent=2))
+    finished.replace(file)
+    meter.at(before + steps * (1 + _OVERHEAD), f"{run.name}: done")
+    return result
+
+
+def _cut(spans: training.Spans, length: int) -> training.Spans:
+    """The same predictions in shorter windows."""
+    count = spans.valid.shape[1] // length
+    windows = [slice(i * length, (i + 1) * length + 1) for i in range(count)]
+    return training.Spans(np.concatenate([spans.tokens[:, window] for window in windows]),
+                          *(np.concatenate(np.split(x, count, axis=1)) for x in (spans.valid, spans.positions)),
+                          np.tile(spans.file, count))
+
+
+def _per_file(bits: np.ndarray, spans: training.Spans) -> dict[str, float]:
+    """Mean and standard deviation over files of the bits per byte of a file."""
+    files = (np.bincount(spans.file, (bits * spans.valid).sum(axis=1)) / np.bincount(spans.file, spans.valid.sum(axis=1)))
+    return {"bits_per_byte": float(files.mean()), "spread": float(files.std())}
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
