@@ -240,7 +240,6 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     """``(out, state)`` of checked arguments."""
     (b, t, n, h), (_, s, k, _), dtype = query.shape, key.shape, state.memory.dtype
     heads = state.memory.shape[1]
-    r, g = heads // k, n // heads
     if plan.normalize:
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1)
         memory = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
@@ -248,21 +247,21 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
         memory = state.memory
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        log_decay = jnp.broadcast_to(log_decay.astype(dtype), (b, t, heads, log_decay.shape[-1])).reshape(b, t, k, r, -1)
+        log_decay = jnp.broadcast_to(log_decay.astype(dtype), (b, t, heads, log_decay.shape[-1]))
     if segment_ids is not None:
         valid = (segment_ids >= 0)[..., None, None]
         # Features may be singular at 0, so what is skipped holds ones.
         query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
-        log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
-    query, memory = query.reshape(b, t, k, r, g, h), memory.reshape(b, k, r, *memory.shape[2:])
+        log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
+    query = query.reshape(b, t, heads, n // heads, h)
 
     attend = _causal if plan.is_causal else _unordered
     if t and s:
         out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
     else:
-        out = jnp.zeros((*query.shape[:5], value.shape[3]), dtype)
+        out = jnp.zeros((*query.shape[:4], value.shape[3]), dtype)
 
-    out, memory = out.reshape(b, t, n, value.shape[3]) * plan.scale, memory.reshape(b, heads, *memory.shape[3:])
+    out = out.reshape(b, t, n, value.shape[3]) * plan.scale
     if plan.normalize:
         out, state = _divide(out[..., :-1], out[..., -1:], plan.floor), LinearState(memory[..., :-1], memory[..., -1])
     else:
@@ -292,8 +291,8 @@ def _restarts(segment_ids, axis_name, reverse):
 
 def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=False):
     if segment_ids is not None:
-        restarts = _restarts(segment_ids, plan.axis_name, reverse)[..., None, None, None]
-        log_decay = jnp.zeros((1, 1, key.shape[2], 1, 1), memory.dtype) if log_decay is None else log_decay
+        restarts = _restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
+        log_decay = jnp.zeros((1, 1, key.shape[2], 1), memory.dtype) if log_decay is None else log_decay
         log_decay = jnp.where(restarts, -jnp.inf, log_decay)
     if plan.axis_name is None:
         return plan.form(query, key, value, log_decay, memory)
@@ -310,5 +309,5 @@ def _unordered(plan, query, key, value, log_decay, segment_ids, memory):
     flip = partial(jax.tree.map, lambda x: jnp.flip(x, axis=1))
     past, last = _causal(plan, query, key, value, None, segment_ids, memory)
     future, _ = _causal(plan, *flip((query, key, value)), None, flip(segment_ids), jnp.zeros_like(memory), reverse=True)
-    own = jnp.einsum("bikrgh,bikh,bikv->bikrgv", plan.features(query.astype(memory.dtype)), plan.features(key.astype(memory.dtype)), value)
+    own = jnp.einsum("bimgh,bimh,bimv->bimgv", plan.features(query.astype(memory.dtype)), plan.features(key.astype(memory.dtype)), value)
     return past + flip(future) - own, last

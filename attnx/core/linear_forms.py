@@ -1,13 +1,13 @@
 """The executions of the recurrent engine: ``parallel``, ``chunked``, ``recurrent``, and each of them over a sharded sequence.
 
-A form maps ``(query, key, value, log_decay, state)`` to ``(out, state)``, with shapes that make every sharing of heads explicit:
+A form maps ``(query, key, value, log_decay, state)`` to ``(out, state)``:
 
-    query [B, T, K, R, G, H]      K key-value heads, R decays for each of them, G queries for each of these
+    query [B, T, M, G, H]         M decays (and states), a multiple of K, with G queries for each
     key, value [B, T, K, H], [B, T, K, Hv]
-    log_decay [B, T, K, R, 1 or H], or None
-    state [B, K, R, H, Hv]
+    log_decay [B, T, M, 1 or H], or None
+    state [B, M, H, Hv]           in the accumulator's dtype, as log_decay and out are
 
-in the accumulator's dtype, except that query, key and value may be narrower. Documents reach a form as decays of exactly 0.
+Documents reach a form as decays of exactly 0.
 """
 
 from functools import partial
@@ -26,20 +26,23 @@ CHUNK = 64
 SLAB = 4096
 
 
+def _prepare(query, key, value, features, dtype, heads, axis):
+    """Features, and the keys and values of each decay, in the accumulator's dtype."""
+    spread = lambda x: jnp.repeat(x, heads // x.shape[axis], axis=axis)
+    return features(query.astype(dtype)), spread(features(key.astype(dtype))), spread(value.astype(dtype))
+
+
 def parallel(query, key, value, log_decay, state, *, features):
     """The definition, all pairs materialised: O(T^2 H) time and memory."""
-    dtype, t = state.dtype, query.shape[1]
-    query, key, value = features(query.astype(dtype)), features(key.astype(dtype)), value.astype(dtype)
-    b, _, k, r, _, h = query.shape
-    g = jnp.zeros((b, t, k, r, h), dtype) if log_decay is None else jnp.broadcast_to(log_decay, (b, t, k, r, h))
-    i, j = jnp.arange(t)[:, None], jnp.arange(t)
-    pair = lambda mask: mask[None, :, :, None, None, None]
-    between = jnp.cumsum(jnp.where(pair(i > j), g[:, :, None], 0), axis=1)  # [B, i, j]: g_(j+1) + ... + g_i
-    decay = jnp.where(pair(i >= j), jnp.exp(between), 0)
+    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    g = jnp.zeros_like(k) if log_decay is None else jnp.broadcast_to(log_decay, k.shape)
+    i, j = jnp.arange(k.shape[1])[:, None, None, None], jnp.arange(k.shape[1])[:, None, None]
+    between = jnp.cumsum(jnp.where(i > j, g[:, :, None], 0), axis=1)  # [B, i, j, M, H]: g_(j+1) + ... + g_i
+    decay = jnp.where(i >= j, jnp.exp(between), 0)
     since = jnp.exp(jnp.cumsum(g, axis=1))
-    scores = jnp.einsum("bikrgh,bjkh,bijkrh->bkrgij", query, key, decay)
-    out = jnp.einsum("bkrgij,bjkv->bikrgv", scores, value) + jnp.einsum("bikrgh,bikrh,bkrhv->bikrgv", query, since, state)
-    return out, since[:, -1, ..., None] * state + jnp.einsum("bjkrh,bjkh,bjkv->bkrhv", decay[:, -1], key, value)
+    scores = jnp.einsum("bimgh,bjmh,bijmh->bmgij", q, k, decay)
+    out = jnp.einsum("bmgij,bjmv->bimgv", scores, v) + jnp.einsum("bimgh,bimh,bmhv->bimgv", q, since, state)
+    return out, since[:, -1, ..., None] * state + jnp.einsum("bjmh,bjmh,bjmv->bmhv", decay[:, -1], k, v)
 
 
 def recurrent(query, key, value, log_decay, state, *, features):
@@ -47,10 +50,9 @@ def recurrent(query, key, value, log_decay, state, *, features):
 
     def step(state, token):
         q, k, v, g = token
-        q, k, v = features(q.astype(state.dtype)), features(k.astype(state.dtype)), v.astype(state.dtype)
-        state = state if g is None else jnp.exp(g)[..., None] * state
-        state = state + (k[..., None] * v[..., None, :])[:, :, None]
-        return state, jnp.einsum("bkrgh,bkrhv->bkrgv", q, state)
+        q, k, v = _prepare(q, k, v, features, state.dtype, state.shape[1], 1)
+        state = (state if g is None else jnp.exp(g)[..., None] * state) + k[..., None] * v[..., None, :]
+        return state, jnp.einsum("bmgh,bmhv->bmgv", q, state)
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay))
     state, out = lax.scan(step, vary(state, varying_axes(tokens)), tokens)
@@ -58,72 +60,67 @@ def recurrent(query, key, value, log_decay, state, *, features):
 
 
 def _slab(state, tokens, *, size, features):
-    """``(state, out)`` of one slab [B, s * size, ...]: all its chunks at once, then the states that pass between them."""
-    dtype = state.dtype
-    b, t, kv, r, g, _ = tokens[0].shape
-    s = t // size
+    """``(state, out)`` of one slab of tokens [B, t, ...]: all its chunks at once, then the states that pass between them."""
+    *tokens, log_decay = tokens
+    q, k, v = _prepare(*tokens, features, state.dtype, state.shape[1], 2)
+    b, t, m, g, _ = q.shape
 
-    def cut(x):  # [s * B * K, size, ...]; few axes, because every transformation of the caller adds one
-        return jnp.moveaxis(x.reshape(b, s, size, *x.shape[2:]), (1, 3), (0, 2)).reshape(s * b * kv, size, *x.shape[3:])
+    def cut(x):  # [B, M, chunks, size, ...]
+        return jnp.moveaxis(x.reshape(b, t // size, size, *x.shape[2:]), 3, 1)
 
-    q, k, v, log_decay = jax.tree.map(lambda x: cut(x.astype(dtype)), tokens)
-    q, k = features(q), features(k)
-    tile = jax.vmap(linear_tile.chunk, in_axes=(1, None, None, None), out_axes=(0, 0, None, None))  # over G
-    tile = jax.vmap(tile, in_axes=(1, None, None, None if log_decay is None else 1))  # over R
-    out, q, *change = jax.vmap(tile)(q, k, v, log_decay)
+    tile = jax.vmap(linear_tile.chunk, in_axes=(1, None, None, None), out_axes=(0, 0, None, None))
+    tile = jax.vmap(jax.vmap(jax.vmap(tile)))
+    out, q, *change = tile(*jax.tree.map(cut, (q, k, v, log_decay)))
 
     def carry(state, change):
         keep, added = change
         return (state if keep is None else keep * state) + added, state
 
-    lanes = (s, b * kv)
-    state, arriving = lax.scan(carry, state.reshape(b * kv, *state.shape[2:]), jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[1:]), change),
-                               unroll=True)
-    out = out + q @ arriving.reshape(s * b * kv, *arriving.shape[2:])[:, :, None]
-    out = jnp.moveaxis(out.reshape(s, b, kv, r, g, size, v.shape[-1]), (0, 5), (1, 2))
-    return state.reshape(b, kv, *state.shape[1:]), out.reshape(b, t, *out.shape[3:])
+    state, arriving = lax.scan(carry, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), change), unroll=True)
+    out = out + jnp.einsum("bmcgih,cbmhv->bmcgiv", q, arriving)
+    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(b, t, m, g, v.shape[-1])
 
 
 def chunked(query, key, value, log_decay, state, *, features, chunk_size):
     """Chunks by matrix products, slab after slab: O(T) time and memory, also for gradients, which recompute a slab from its first state."""
-    b, t, kv, r, g, _ = query.shape
+    b, t, m, g, _ = query.shape
     size = min(chunk_size or CHUNK, 1 << (t - 1).bit_length())
     chunks = -(-t // size)
-    most = min(max(SLAB // max(b * kv * r * g * size, 1), 1), 8)
+    most = min(max(SLAB // max(b * m * g * size, 1), 1), 8)
     most = max(most, -(-min(state.shape[-2:]) // size))  # the states kept must not outweigh the tokens
     slabs = -(-chunks // most)
     slab = -(-chunks // slabs) * size
 
     def cut(x, fill=0):
         x = jnp.pad(x, ((0, 0), (0, slabs * slab - t)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, slabs, slab, *x.shape[2:]), 1, 0)
+        # Of one batch entry the slabs are in place: said as a reshape, lest a copy be made.
+        return x.reshape(slabs, 1, slab, *x.shape[2:]) if b == 1 else jnp.moveaxis(x.reshape(b, slabs, slab, *x.shape[2:]), 1, 0)
 
     # Padding holds values 0, which add nothing, and ones elsewhere, which features map to something finite.
     tokens = cut(query, 1), cut(key, 1), cut(value), jax.tree.map(cut, log_decay)
     body = jax.checkpoint(partial(_slab, size=size, features=features), prevent_cse=False)
     state, out = lax.scan(body, vary(state, varying_axes(tokens)), tokens)
-    return jnp.moveaxis(out, 0, 1).reshape(b, slabs * slab, *out.shape[3:])[:, :t], state
+    out = jnp.moveaxis(out, 0, 1) if b != 1 else out
+    return out.reshape(b, slabs * slab, *out.shape[3:])[:, :t], state
 
 
 def unordered(query, key, value, state, *, features, axis_name):
     """Not causal: every query reads the sum over all keys. O(T), and O(T H') memory for the features."""
-    dtype = state.dtype
-    query, key, value = features(query.astype(dtype)), features(key.astype(dtype)), value.astype(dtype)
-    added = jnp.einsum("bjkh,bjkv->bkhv", key, value)[:, :, None]
+    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    added = jnp.einsum("bjmh,bjmv->bmhv", k, v)
     state = state + (added if axis_name is None else lax.psum(added, axis_name))
-    return jnp.einsum("bikrgh,bkrhv->bikrgv", query, state), state
+    return jnp.einsum("bimgh,bmhv->bimgv", q, state), state
 
 
 def parallel_unordered(query, key, value, state, *, features, runs):
     """The definition where not causal: all pairs, in ``runs`` [B, T] (or None) those of equal number; run 0 reads the given state."""
-    dtype = state.dtype
-    query, key, value = features(query.astype(dtype)), features(key.astype(dtype)), value.astype(dtype)
-    queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) if runs is None else runs for x in (query, key))
-    scores = jnp.einsum("bikrgh,bjkh,bij->bkrgij", query, key, queries[:, :, None] == keys[:, None])
-    given = jnp.einsum("bikrgh,bkrhv,bi->bikrgv", query, state, queries == 0)
+    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) if runs is None else runs for x in (q, k))
+    scores = jnp.einsum("bimgh,bjmh,bij->bmgij", q, k, queries[:, :, None] == keys[:, None])
+    given = jnp.einsum("bimgh,bmhv,bi->bimgv", q, state, queries == 0)
     last = keys[:, -1:]
-    state = jnp.einsum("bkrhv,bj->bkrhv", state, last == 0) + jnp.einsum("bjkh,bjkv,bj->bkhv", key, value, keys == last)[:, :, None]
-    return jnp.einsum("bkrgij,bjkv->bikrgv", scores, value) + given, state
+    state = jnp.einsum("bmhv,bj->bmhv", state, last == 0) + jnp.einsum("bjmh,bjmv,bj->bmhv", k, v, keys == last)
+    return jnp.einsum("bmgij,bjmv->bimgv", scores, v) + given, state
 
 
 # A sequence over several devices ------------------------------------------------------------------------------------
@@ -166,7 +163,7 @@ def over_devices(form, query, key, value, log_decay, state, *, axis_name, revers
     """
     rank = _rank(axis_name, reverse)
     # No queries: the same form computes states alone. The first device starts from the state given.
-    _, change = form(query[:, :, :, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
+    _, change = form(query[:, :, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
     keep = jnp.ones((1, 1), state.dtype) if log_decay is None else jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
 
     def combine(earlier, later):

@@ -7,8 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnx.core.axes import (along_axes, fold_axes, gather_neighbours, neighbourhoods, swap_channels, unfold_axes, window_partition,
-                             window_regions, window_reverse)
+from attnx.core.axes import (
+    along_axes,
+    fold_axes,
+    gather_neighbours,
+    neighbourhoods,
+    swap_channels,
+    unfold_axes,
+    window_partition,
+    window_regions,
+    window_reverse,
+)
 
 CUTS = [
     # shape, window, shift, dilation

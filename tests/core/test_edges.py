@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 import attnx.weights
-from attnx.core.edges import (add_self_loops, attend_edges, degree, dense_to_edges, edge_attention, segment_max, segment_mean,
-                              segment_softmax, segment_sum, segment_weights)
+from attnx.core.edges import (
+    add_self_loops,
+    attend_edges,
+    degree,
+    dense_to_edges,
+    edge_attention,
+    segment_max,
+    segment_mean,
+    segment_softmax,
+    segment_sum,
+    segment_weights,
+)
 
 # Seven receivers, five senders: duplicates, isolated nodes (2 and 6), every kind of padding.
 NODES, OTHERS, HEADS, KV, SIZE = 7, 5, 4, 2, 3

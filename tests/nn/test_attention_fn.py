@@ -13,6 +13,7 @@ from attnx.nn import as_attention_fn
 B, T, S, D, N = 2, 6, 5, 16, 4
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 CONTEXT = jax.random.normal(jax.random.key(1), (B, S, D))
+FULL = pairs(implementation="reference")  # the quickest to compile
 MASK = jax.random.bernoulli(jax.random.key(2), 0.7, (B, 1, T, T)) | jnp.eye(T, dtype=bool)
 
 
@@ -36,64 +37,81 @@ def assert_same(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
 
 
-@pytest.mark.parametrize("args, inputs", [((X,), dict()), ((X, CONTEXT), dict()), ((X,), dict(mask=MASK))])
-def test_nnx_module_agrees_with_its_default(args, inputs):
-    assert_same(with_gradient(nnx_layer(as_attention_fn(pairs())), args, inputs), with_gradient(nnx_layer(), args, inputs))
+def assert_agree(mechanism, *args, inputs={}, **options):
+    assert_same(with_gradient(nnx_layer(as_attention_fn(mechanism), **options), args, inputs),
+                with_gradient(nnx_layer(**options), args, inputs))
+
+
+def test_nnx_module_agrees_with_its_default():
+    assert_agree(pairs(), X)
+    assert_agree(FULL, X, inputs=dict(mask=MASK))
+
+
+def test_nnx_cross_attention_with_grouped_and_normalised_heads():
+    assert_agree(FULL, X, CONTEXT, num_kv_heads=2, normalize_qk=True)
 
 
 def test_nnx_causality_stated_or_called():
     theirs = nnx.jit(lambda m: m(X, is_causal=True))(nnx_layer())
-    for mechanism, stated, called in [(pairs(), True, False), (pairs(), False, True), (pairs(mask=masks.causal()), False, False)]:
+    own = pairs(mask=masks.causal(), implementation="reference")
+    for mechanism, stated, called in [(FULL, True, False), (FULL, False, True), (own, False, False)]:
         ours = nnx.jit(lambda m: m(X, is_causal=called))(nnx_layer(as_attention_fn(mechanism, is_causal=stated)))
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_nnx_grouped_and_normalised_heads():
-    options = dict(num_kv_heads=2, normalize_qk=True)
-    assert_same(with_gradient(nnx_layer(as_attention_fn(pairs()), **options), (X,), {}), with_gradient(nnx_layer(**options), (X,), {}))
+@pytest.fixture(scope="module")
+def theirs():
+    """Linen's module with its own attention, its parameters, and the module's function of (parameters, x, mask)."""
+    module = linen.MultiHeadDotProductAttention(N)
+    return jax.jit(module.init)(jax.random.key(0), X), jax.jit(lambda v, x, mask: module.apply(v, x, mask=mask))
 
 
-@pytest.mark.parametrize("fn, mask", [
-    (as_attention_fn(pairs()), None), (as_attention_fn(pairs()), MASK),
-    (as_attention_fn(pairs(), is_causal=True), linen.make_causal_mask(X[..., 0])),
-    (as_attention_fn(pairs(), is_causal=True), MASK & linen.make_causal_mask(X[..., 0], dtype=bool))])
-def test_linen_module_agrees_with_its_default(fn, mask):
-    theirs = linen.MultiHeadDotProductAttention(N)
-    variables = theirs.init(jax.random.key(0), X)
-    ours = linen.MultiHeadDotProductAttention(N, attention_fn=fn)
-    run = [jax.jit(jax.value_and_grad(lambda v, m=m: (m.apply(v, X, mask=mask) ** 2).sum())) for m in (ours, theirs)]
-    assert_same(*(f(variables) for f in run))
+def ours(mechanism, **options):
+    module = linen.MultiHeadDotProductAttention(N, attention_fn=as_attention_fn(mechanism, **options))
+    return jax.jit(lambda v, x, mask: module.apply(v, x, mask=mask))
 
 
-def test_linen_more_leading_axes_and_broadcast_masks():
+def test_linen_module_agrees_with_its_default(theirs):
+    variables, default = theirs
+    causal = linen.make_causal_mask(X[..., 0])
+    np.testing.assert_allclose(ours(pairs())(variables, X, None), default(variables, X, None), atol=1e-5)
+    stated = ours(FULL, is_causal=True)
+    np.testing.assert_allclose(stated(variables, X, causal), default(variables, X, causal), atol=1e-5)
+    np.testing.assert_allclose(stated(variables, X, MASK * causal), default(variables, X, MASK * causal), atol=1e-5)
+    gradient = [jax.jit(jax.grad(lambda v: (f(v, X, MASK) ** 2).sum()))(variables) for f in (ours(FULL), default)]
+    assert_same(*gradient)
+
+
+def test_linen_more_leading_axes_and_broadcast_masks(theirs):
+    variables, default = theirs
+    fn = ours(FULL)
     x = jnp.stack([jnp.stack([X, -X]), jnp.stack([2 * X, X + 1]), jnp.stack([X * X, X - 1])])  # [3, 2, B, T, D]
-    theirs, ours = linen.MultiHeadDotProductAttention(N), linen.MultiHeadDotProductAttention(N, attention_fn=as_attention_fn(pairs()))
-    variables = theirs.init(jax.random.key(0), X)
-    for mask in (MASK, jnp.broadcast_to(MASK, (3, 2, B, 1, T, T)), MASK[0, 0], None):
-        run = [jax.jit(lambda v, m=m: m.apply(v, x, mask=mask))(variables) for m in (ours, theirs)]
-        np.testing.assert_allclose(*run, atol=1e-5)
+    for mask in (jnp.broadcast_to(MASK, (3, 2, B, 1, T, T)), MASK[0, 0]):
+        np.testing.assert_allclose(fn(variables, x, mask), default(variables, x, mask), atol=1e-5)
 
 
 def test_without_batch_axes_and_with_bias():
     q, k, v = jax.random.normal(jax.random.key(3), (3, T, N, 4))
     bias = jax.random.normal(jax.random.key(4), (N, T, T))
-    for inputs in (dict(), dict(bias=bias), dict(bias=bias[:1], mask=MASK[0], dtype=jnp.float32)):
-        np.testing.assert_allclose(as_attention_fn(pairs())(q, k, v, **inputs), nnx.dot_product_attention(q, k, v, **inputs), atol=1e-5)
-    slopes = jax.grad(lambda b, f: (f(q, k, v, bias=b) ** 2).sum())
-    np.testing.assert_allclose(slopes(bias, as_attention_fn(pairs())), slopes(bias, nnx.dot_product_attention), atol=1e-5)
+
+    def run(fn):
+        return jax.jit(jax.value_and_grad(lambda b: (fn(q, k, v, bias=b, mask=MASK[0], dtype=jnp.float32) ** 2).sum()))(bias)
+
+    assert_same(run(as_attention_fn(FULL)), run(nnx.dot_product_attention))
+    assert as_attention_fn(FULL)(q, k, v, bias=bias[:1]).shape == q.shape
 
 
 def test_own_parts_remain():
     q, k, v = jax.random.normal(jax.random.key(3), (3, B, T, N, 4))
     bias = jax.random.normal(jax.random.key(4), (N, T, T))
     window, cap = masks.sliding_window(3), scores.soft_cap(1.0)
-    out = as_attention_fn(pairs(mask=window, scores=cap))(q, k, v, bias=bias, mask=MASK)
-    expected = attnx.attention(q, k, v, scores=(cap, scores.bias(bias)), mask=window & masks.explicit(MASK))
+    out = as_attention_fn(pairs(mask=window, scores=cap, implementation="reference"))(q, k, v, bias=bias, mask=MASK)
+    expected = attnx.attention(q, k, v, scores=(cap, scores.bias(bias)), mask=window & masks.explicit(MASK), implementation="reference")
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_flax_decoding_by_cache():
-    layer = nnx_layer(as_attention_fn(pairs()))
+    layer = nnx_layer(as_attention_fn(FULL))
     expected = nnx.jit(lambda m: m(X, is_causal=True))(nnx_layer())
     layer.init_cache((B, T, D))
     step = nnx.jit(lambda m, x: m(x, decode=True))
@@ -102,12 +120,13 @@ def test_flax_decoding_by_cache():
 
 
 def test_dropout():
-    layer = nnx_layer(as_attention_fn(pairs()), dropout_rate=0.5, broadcast_dropout=False, use_bias=False)
-    a, b = (layer(X, deterministic=False, rngs=nnx.Rngs(seed)) for seed in (1, 2))
-    assert (a != b).any() and (a == layer(X, deterministic=False, rngs=nnx.Rngs(1))).all()
-    np.testing.assert_allclose(layer(X, deterministic=True), nnx_layer(use_bias=False)(X), atol=1e-5)
+    layer = nnx_layer(as_attention_fn(FULL), dropout_rate=0.5, broadcast_dropout=False)
+    run = nnx.jit(lambda m, rngs: m(X, deterministic=False, rngs=rngs))
+    a, b, again = (run(layer, nnx.Rngs(seed)) for seed in (1, 2, 1))
+    assert (a != b).any() and (a == again).all()
+    np.testing.assert_allclose(layer(X, deterministic=True), nnx_layer()(X), atol=1e-5)
     q = jnp.zeros((1, 64, N, 4))
-    kept = as_attention_fn(pairs())(q, q, jnp.ones((1, 64, N, 1)), dropout_rng=jax.random.key(0), dropout_rate=0.25, broadcast_dropout=False)
+    kept = as_attention_fn(FULL)(q, q, jnp.ones((1, 64, N, 1)), dropout_rng=jax.random.key(0), dropout_rate=0.25, broadcast_dropout=False)
     assert abs(kept.mean() - 1) < 0.05 and kept.std() > 0.01
 
 
@@ -135,7 +154,7 @@ def test_other_mechanisms_and_what_they_refuse():
 
 
 def test_wrong_inputs_are_named():
-    fn = as_attention_fn(pairs())
+    fn = as_attention_fn(FULL)
     q = k = v = jnp.ones((B, T, N, 4))
     with pytest.raises(NotImplementedError, match="precision: expected None"):
         nnx_layer(fn, precision="highest")(X)
