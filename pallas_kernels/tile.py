@@ -23,6 +23,8 @@ Two operations cover the field:
 (rbar: the residual's cotangent), at fixed row statistics. Only the residual ``r`` and ``o`` are needed from the forward pass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,6 +47,14 @@ def _dot(a, b, contract):
                            preferred_element_type=accumulator_dtype(a.dtype))
 
 
+def across(column, width: int):
+    """A column [rows, 1], or one that a kernel keeps repeated over vector lanes, [rows, L], so that it broadcasts to [rows, width]."""
+    lanes = column.shape[1]
+    if lanes in (1, width):
+        return column
+    return column[:, :width] if width < lanes else jnp.tile(column, (1, width // lanes))
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
@@ -53,8 +63,9 @@ def raw_scores(parts: Parts, q, k, at: At, blocks: Blocks):
     if parts.scores and isinstance(parts.scores[0], Similarity):
         dtype = accumulator_dtype(q.dtype)
         return parts.scores[0].pair(q.astype(dtype), k.astype(dtype), at, *blocks.scores[0])
-    s = _dot(q, k, (1, 1))
-    return s if parts.scale == 1.0 else s * parts.scale
+    if math.frexp(parts.scale)[0] == 0.5 or q.dtype == accumulator_dtype(q.dtype):  # scaling the query loses nothing, and is less work
+        return _dot(q if parts.scale == 1.0 else q * parts.scale, k, (1, 1))
+    return _dot(q, k, (1, 1)) * parts.scale
 
 
 def shape_scores(parts: Parts, s, at: At, blocks: Blocks):
@@ -112,7 +123,7 @@ def _tile(parts, q, k, at, blocks, masked):
 
 
 def attend_init(rows: int, value_size: int, dtype):
-    """The empty carry ``(m [rows, 1], sum den [rows, 1], sum num * v [rows, value_size])``."""
+    """The empty carry ``(m [rows, 1], sum den [rows, 1], sum num * v [rows, value_size])``; columns may be repeated, see :func:`across`."""
     return (jnp.full((rows, 1), FLOOR, dtype), jnp.zeros((rows, 1), dtype), jnp.zeros((rows, value_size), dtype))
 
 
@@ -130,7 +141,7 @@ def attend_tile(parts: Parts, family: Exponential, carry, q, k, v, at: At, block
     else:
         shift = shift if ok is None else jnp.where(ok, shift, FLOOR)
         m_new = jnp.maximum(m, jnp.max(shift, axis=1, keepdims=True))
-    num, den = family.terms(s, m_new, *operands)
+    num, den = family.terms(s, across(m_new, s.shape[1]), *operands)
     same = den is num
     num = _only(ok, num)
     den = num if same else _only(ok, den)
@@ -139,16 +150,17 @@ def attend_tile(parts: Parts, family: Exponential, carry, q, k, v, at: At, block
     if v is not None:
         if parts.dropout_rate:
             num = num * dropout_multiplier(parts, at, seed)
-        acc = decay * acc + _dot(num.astype(v.dtype), v, (1, 0))
+        acc = across(decay, acc.shape[1]) * acc + _dot(num.astype(v.dtype), v, (1, 0))
     return m_new, total, acc
 
 
 def attend_finish(carry):
     """The output and the residual ``r = m + log sum den`` of a carry; 0 and -inf for a row that weighs nothing."""
     m, total, acc = carry
-    something = total > 0
-    safe = jnp.where(something, total, 1)
-    return jnp.where(something, acc / safe, 0), jnp.where(something, m + jnp.log(safe), -jnp.inf)
+    total = across(total, acc.shape[1])
+    out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1), 0)
+    m, total = m[:, :1], total[:, :1]
+    return out, jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
 
 
 def merge(a, b):
@@ -162,8 +174,8 @@ def merge(a, b):
     w_a, w_b = (jnp.where(r > FLOOR, jnp.exp(jnp.where(r > FLOOR, r, top) - top), 0) for r in (r_a, r_b))
     total = w_a + w_b
     safe = jnp.where(total > 0, total, 1)
-    out = (out_a * (w_a / safe)[..., None].astype(out_a.dtype) + out_b * (w_b / safe)[..., None].astype(out_b.dtype))
-    return out, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    out = out_a * (w_a / safe)[..., None] + out_b * (w_b / safe)[..., None]
+    return out.astype(jnp.result_type(out_a, out_b)), jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
 
 
 def maximum_tile(parts: Parts, carry, q, k, at: At, blocks: Blocks, *, masked: bool):
@@ -259,6 +271,7 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
     if replaced:
         dq, dk, dpair = pull_pair(ds)
         return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(dblocks, dpair)]
+    dq, dk = _dot(ds.astype(k.dtype), k, (1, 0)), _dot(ds.astype(q.dtype), q, (0, 0))
     if parts.scale != 1.0:
-        ds = ds * parts.scale
-    return _dot(ds.astype(k.dtype), k, (1, 0)), _dot(ds.astype(q.dtype), q, (0, 0)), dv, drows, dblocks
+        dq, dk = dq * parts.scale, dk * parts.scale
+    return dq, dk, dv, drows, dblocks

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from attnx.core import checks, cudnn, operations, reference
 from attnx.core.blockwise import Blockwise
+from attnx.core.fused import choose_fused
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
 from attnx.core.ring import choose_ring
 from attnx.core.tiling import choose_tiling
@@ -93,9 +94,7 @@ def attention(
     if chosen == "reference" or no_tiles(program):
         out, r = _reference(program, data, sink) if not hooks else with_sink(*reference.output(program, data, hooks), sink)
     else:
-        tiling = choose_tiling(program, data, block_sizes)
-        executor = choose_ring(program, data, tiling) if chosen == "ring" else Blockwise(program, tiling)
-        out, r = _execute(executor, data, sink)
+        out, r = _execute(_executor(chosen, program, data, block_sizes), data, sink)
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -187,9 +186,14 @@ def _choose(implementation, hooks):
         if implementation not in (None, "reference"):
             raise NotImplementedError(f"implementation={implementation!r} never holds the scores or weights that hooks act on; use 'reference' or None")
         return "reference"
-    if implementation == "pallas":
-        raise NotImplementedError("implementation='pallas': no fused kernel is plugged in here; use 'blockwise' or None")
     return implementation or "blockwise"
+
+
+def _executor(chosen, program, data, block_sizes):
+    if chosen == "pallas":
+        return choose_fused(program, data, block_sizes)
+    tiling = choose_tiling(program, data, block_sizes)
+    return choose_ring(program, data, tiling) if chosen == "ring" else Blockwise(program, tiling)
 
 
 def no_tiles(program: Program) -> bool:

@@ -84,7 +84,7 @@ class Fused:
         return dq, dk, dv, drows, [unpad_operand(*args, tiling) for args in zip(doperands, unpadded, program.inexact_specs(data.operands))]
 
 
-def choose(program: Program, data: Data, block_sizes=None) -> Fused:
+def choose_fused(program: Program, data: Data, block_sizes=None) -> Fused:
     """The executor of a call, or NotImplementedError that says what the kernels lack for it."""
     setting = _forced.get()
     if setting is None and jax.default_backend() != "tpu":

@@ -60,13 +60,13 @@ def recurrent(query, key, value, log_decay, state, *, features):
 
 
 def _slab(state, tokens, *, size, features):
-    """``(state, out)`` of one slab of tokens [B, t, ...]: all its chunks at once, then the states that pass between them."""
+    """``(state, out)`` of one slab of tokens [B t, ...]: all its chunks at once, then the states that pass between them."""
     *tokens, log_decay = tokens
-    q, k, v = _prepare(*tokens, features, state.dtype, state.shape[1], 2)
-    b, t, m, g, _ = q.shape
+    b, m = state.shape[:2]
+    q, k, v = _prepare(*tokens, features, state.dtype, m, 1)
 
     def cut(x):  # [B, M, chunks, size, ...]
-        return jnp.moveaxis(x.reshape(b, t // size, size, *x.shape[2:]), 3, 1)
+        return jnp.moveaxis(x.reshape(b, x.shape[0] // (b * size), size, *x.shape[1:]), 3, 1)
 
     tile = jax.vmap(linear_tile.chunk, in_axes=(1, None, None, None), out_axes=(0, 0, None, None))
     tile = jax.vmap(jax.vmap(jax.vmap(tile)))
@@ -78,7 +78,7 @@ def _slab(state, tokens, *, size, features):
 
     state, arriving = lax.scan(carry, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), change), unroll=True)
     out = out + jnp.einsum("bmcgih,cbmhv->bmcgiv", q, arriving)
-    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(b, t, m, g, v.shape[-1])
+    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(*tokens[0].shape[:3], v.shape[-1])
 
 
 def chunked(query, key, value, log_decay, state, *, features, chunk_size):
@@ -93,14 +93,14 @@ def chunked(query, key, value, log_decay, state, *, features, chunk_size):
 
     def cut(x, fill=0):
         x = jnp.pad(x, ((0, 0), (0, slabs * slab - t)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        # Of one batch entry the slabs are in place: said as a reshape, lest a copy be made.
-        return x.reshape(slabs, 1, slab, *x.shape[2:]) if b == 1 else jnp.moveaxis(x.reshape(b, slabs, slab, *x.shape[2:]), 1, 0)
+        # Batch and slab as one axis: XLA copies arrays that have an axis of size 1 between them.
+        return jnp.moveaxis(x.reshape(b, slabs, slab, *x.shape[2:]), 1, 0).reshape(slabs, b * slab, *x.shape[2:])
 
     # Padding holds values 0, which add nothing, and ones elsewhere, which features map to something finite.
     tokens = cut(query, 1), cut(key, 1), cut(value), jax.tree.map(cut, log_decay)
     body = jax.checkpoint(partial(_slab, size=size, features=features), prevent_cse=False)
     state, out = lax.scan(body, vary(state, varying_axes(tokens)), tokens)
-    out = jnp.moveaxis(out, 0, 1) if b != 1 else out
+    out = jnp.moveaxis(out.reshape(slabs, b, slab, *out.shape[2:]), 0, 1)
     return out.reshape(b, slabs * slab, *out.shape[3:])[:, :t], state
 
 

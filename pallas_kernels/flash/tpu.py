@@ -67,7 +67,7 @@ def fold_rows(plan: Plan, table: Cover, data, init: Callable, body: Callable, fi
       data: arrays in the canonical layout, padded to whole blocks ('offset' tables by one block on either side): query [B, K, G, T, H],
         key [B, K, S, H], value [B, K, S, Hv] or None, operands, query_positions [B or 1, T], key_positions [B or 1, S], seed uint32 [2], origin int32 [2]
         (the batch element and key-value head of the whole call that come first here).
-      init: ``init() -> carry`` of a query block, a pytree of [bq, X].
+      init: ``init() -> carry`` of a query block, a pytree of [bq, X]; columns [bq, 1] reach ``body`` and ``finish`` repeated over 128 lanes.
       finish: ``finish(carry) -> results``, a pytree of [bq, X].
       rows: a pytree of [B, K, G, T, X].
 
@@ -84,13 +84,15 @@ def fold_rows(plan: Plan, table: Cover, data, init: Callable, body: Callable, fi
         def _():
             _put(carry, init())
 
+        load = partial(jax.tree.map, lambda ref: ref[...], carry)
+
         @_visited(here)
         def _(masked):
-            _put(carry, body(_get(carry, carries), *tile(), masked))
+            _put(carry, body(load(), *tile(), masked))
 
         @pl.when(here.last)
         def _():
-            jax.tree.map(_write, outputs, finish(_get(carry, carries)))
+            jax.tree.map(_write, outputs, finish(load()))
 
     outputs = jax.tree.map(window, jax.eval_shape(finish, carries))
     outputs = _launch(plan, schedule(table), data, rows, "bkgs", step, outputs, jax.tree.map(_scratch, carries), "fold_rows")
@@ -381,10 +383,6 @@ def _put(refs, values):
     def put(ref, x):
         ref[...] = jnp.broadcast_to(x, ref.shape)
     jax.tree.map(put, refs, values)
-
-
-def _get(refs, like):
-    return jax.tree.map(lambda ref, x: ref[:, : x.shape[1]], refs, like)
 
 
 def _add(ref, x):

@@ -1,0 +1,194 @@
+"""The fold over tiles against the materialised definition: output, residual and every gradient, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from agreement import arrays, assert_agree, blockwise, reference
+
+import attnx
+from attnx import masks, scores, weights
+
+T, S, N = 13, 11, 4  # no multiple of a block of 4
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def integers(seed, shape, low, high):
+    return jax.random.randint(jax.random.key(seed), shape, low, high)
+
+
+def grows(at, rate):
+    """A user's predicate: farther queries see farther back."""
+    return at.key >= at.query - rate[0, 0, at.head % 2] * (1 + at.query // 3)
+
+
+def fades(s, at, rate, depth):
+    """A user's score change with a parameter handed over whole and one by columns."""
+    return s * jnp.exp(-depth) - rate[0, 0, 0] * jnp.sin(at.key - 2.0 * at.query + at.batch)
+
+
+# Each call covers several parts at once; a seed draws its arrays, so that one compilation serves several draws. Rows without keys come
+# with the documents, lengths, prefixes and explicit masks drawn.
+CALLS = {
+    "plain softmax, full bias, MQA": (dict(kv_heads=1), lambda i: dict(scores=scores.bias(normal(i, 2, N, T, S)))),
+    "causal, ALiBi, GQA": ({}, lambda i: dict(mask=masks.causal(), scores=scores.alibi(jnp.exp(normal(i, N))))),
+    "window and documents, MHA": (dict(kv_heads=4), lambda i: dict(
+        mask=masks.local(3, 1) & masks.documents(jnp.sort(integers(i, (2, T), 0, 4)), jnp.sort(integers(i + 9, (2, S), 0, 4))))),
+    "sink and temperature, T5, lengths": ({}, lambda i: dict(
+        weights=weights.softmax(sink=normal(i, N), temperature=jnp.exp(normal(i, 2, T, N) / 3)), scores=scores.t5_bias(normal(i, 8, N), max_distance=9),
+        mask=masks.lengths(jnp.array([T, 9 - i]), jnp.array([4 * i, S - 1])))),
+    "softpick, prefix, bias of columns": ({}, lambda i: dict(
+        weights=weights.softpick(), mask=masks.causal() | masks.prefix(jnp.array([6, i])), scores=scores.bias(normal(i, N, 1, S)))),
+    "sigmoid, other documents, soft cap": ({}, lambda i: dict(
+        weights=weights.sigmoid(normal(i, N)), mask=~masks.documents(integers(i, (T,), 0, 2), integers(i + 9, (S,), 0, 2)),
+        scores=scores.soft_cap(jnp.asarray(1.5 + i)))),
+    "relu, explicit mask": ({}, lambda i: dict(
+        weights=weights.relu(), mask=masks.explicit(normal(i, 2, 1, T, S) > 1), scores=scores.bias(normal(i, T, 1)))),
+    "clipped softmax, dilated": (dict(kv_heads=1), lambda i: dict(
+        weights=weights.clipped_softmax(jnp.asarray(-0.03 - i / 20), jnp.asarray(1.1)), mask=masks.dilated(2) & masks.local(None, 4))),
+    "entmax-1.5, causal, temperature of scores": ({}, lambda i: dict(
+        weights=weights.entmax15(), mask=masks.causal() & masks.explicit(normal(i, N, T, 1) > -1), scores=scores.bias(normal(i, 2, 1, T, S)))),
+    "sparsemax, columns or blocks": ({}, lambda i: dict(weights=weights.sparsemax(), mask=masks.strided_columns(4, 2) | masks.within_blocks(3))),
+    "a user's predicate and score change": ({}, lambda i: dict(
+        mask=masks.causal() & masks.predicate(grows, integers(i, (2,), 0, 3)),
+        scores=scores.elementwise(fades, normal(i, 1), attnx.Operand(normal(i + 9, 2, S, 2), ("batch", "key", "kv_head"))))),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CALLS)
+def test_agrees_with_reference(name):
+    """Ordinary, all-zero and huge dot products (+-1e4 and more)."""
+    sizes, draw = CALLS[name]
+    for seed, factor, tolerance in ((0, 1.0, 1e-12), (1, 1.0, 1e-12), (2, 0.0, 1e-12), (0, 2e4, 1e-9)):
+        query, *rest = arrays(**sizes, seed=seed)
+        call = draw(seed)
+        assert_agree(blockwise(query * factor, *rest, **call), reference(query * factor, *rest, **call), tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+def test_positions():
+    """Permuted, repeated, gapped and padded (-1) logical positions with a position bias and a mask that see them."""
+    part = scores.t5_bias(normal(0, 8, N), max_distance=9)
+    storage = arrays()
+    plain = [jnp.arange(T), jnp.arange(S)]
+    shuffled = [jax.random.permutation(jax.random.key(i), p) for i, p in enumerate(plain)]
+    padded = [jnp.where(integers(i, (2, p.size), 0, 3) == 0, -1, p) for i, p in enumerate(plain)]
+    empty = [jnp.full((2, T), -1).at[0].set(jnp.arange(T)), jnp.full((2, S), -1).at[1].set(jnp.arange(S))]
+    gapped = [100 + 7 * plain[0], 95 + 9 * plain[1]]
+    for positions in (plain, shuffled, padded, empty, gapped):
+        query, key = (jnp.broadcast_to(p, (2, p.shape[-1])) for p in positions)
+        call = dict(scores=part, mask=masks.causal(), query_positions=query, key_positions=key)
+        got = blockwise(*storage, **call)
+        assert_agree(got, reference(*storage, **call), 1e-12)
+        offset = key[:, None] - query[..., None]
+        allowed = (offset <= 0) & (query >= 0)[..., None] & (key >= 0)[:, None]
+        bias = part.table[scores.t5_bucket(offset, 8, 9)].transpose(0, 3, 1, 2)
+        assert_agree(got["out"], oracles.attend(oracles.softmax, *storage[:3], allowed[:, None], change=lambda s: s + bias), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_storage_order_does_not_matter():
+    """Permuting tokens together with their positions permutes the output."""
+    q, k, v, _ = arrays()
+    order, key_order = (jax.random.permutation(jax.random.key(i), n) for i, n in enumerate((T, S)))
+    attend = jax.jit(lambda q, k, v, p, o: attnx.attention(q, k, v, mask=masks.sliding_window(4), query_positions=p, key_positions=o, block_sizes=(4, 4)))
+    got = attend(q[:, order], k[:, key_order], v[:, key_order], order, key_order)
+    assert_agree(got, attend(q, k, v, jnp.arange(T), jnp.arange(S))[:, order], 1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sizes", [dict(queries=1), dict(keys=1), dict(size=1, value_size=7, kv_heads=1), dict(size=256, value_size=1, kv_heads=4),
+                                   dict(batch=1, heads=1, kv_heads=1, queries=8, keys=8)], ids=str)
+def test_sizes(sizes):
+    """One query, one key, head sizes 1 and 256, values of another size, and lengths that are whole blocks."""
+    data = arrays(**sizes)
+    assert_agree(blockwise(*data, mask=masks.causal()), reference(*data, mask=masks.causal()), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("block_sizes", [(1, 3), (16, 2), (None)], ids=str)
+def test_block_sizes(block_sizes):
+    """Tiles of one query, longer than the sequence, or chosen."""
+    data = arrays()
+    call = dict(mask=masks.causal(), scores=scores.t5_bias(normal(0, 8, N), max_distance=9))
+    assert_agree(blockwise(*data, **call, block_sizes=block_sizes), reference(*data, **call), 1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("axis", ["batch", "queries", "keys", "heads", "size", "value_size"])
+def test_empty_arrays(implementation, axis):
+    """An axis of size 0: empty results, zeros where no key is, the mean where all scores are 0; and gradients to match."""
+    sizes = dict(batch=2, queries=3, keys=3, heads=2, kv_heads=2, size=4, value_size=4) | {axis: 0} | ({"kv_heads": 1} if axis == "heads" else {})
+    q, k, v, _ = arrays(jnp.float32, **sizes)
+
+    @jax.jit
+    def run(q, k, v):
+        out, r = attnx.attention(q, k, v, weights=weights.softmax(sink=0.0), implementation=implementation, return_residual=True)
+        return out, r, attnx.row_statistics(q, k, implementation=implementation)
+
+    out, r, bare = run(q, k, v)
+    assert out.shape == (*q.shape[:3], v.shape[3]) and r.shape == bare.shape == q.shape[:3]
+    if axis == "keys":
+        assert (out == 0).all() and (r == 0).all() and (bare == -jnp.inf).all()
+    if axis == "size":
+        np.testing.assert_allclose(out, jnp.broadcast_to(v.sum(1, keepdims=True) / 4, out.shape), rtol=1e-6)
+        np.testing.assert_allclose(r, np.log(4), rtol=1e-6)
+    gradients = jax.jit(jax.grad(lambda q, k, v: attnx.attention(q, k, v, implementation=implementation).sum(), argnums=(0, 1, 2)))(q, k, v)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+EVERY_WEIGHT = {"softmax": weights.softmax(), "softpick": weights.softpick(), "sigmoid": weights.sigmoid(), "relu": weights.relu(),
+                "clipped": weights.clipped_softmax(), "entmax": weights.entmax15()}
+
+
+@pytest.mark.parametrize("implementation", [reference, blockwise])
+@pytest.mark.parametrize("name", EVERY_WEIGHT)
+def test_rows_without_keys(name, implementation):
+    """Zeros and zero gradients, and what stands in the forbidden places does not matter: huge or none at all."""
+    query, key, value, cotangent = arrays(jnp.float32)
+    allowed = jnp.ones((T, S), bool).at[3].set(False).at[:, 5].set(False).at[8:12].set(False)
+    call = dict(weights=EVERY_WEIGHT[name], mask=masks.explicit(allowed))
+    dead = jnp.array([3, 8, 9, 10, 11])
+    usual = implementation(query, key, value, cotangent, **call)
+    assert (usual["out"][:, dead] == 0).all() and not (usual["out"][:, 4] == 0).all()
+    dq, dk, dv = usual["gradients"][:3]
+    assert (dq[:, dead] == 0).all() and (dk[:, 5] == 0).all() and (dv[:, 5] == 0).all()
+    loud = implementation(query.at[:, dead].set(1e15), key.at[:, 5].set(-1e15), value, cotangent, **call)
+    assert_agree([loud["out"], *loud["gradients"]], [usual["out"], *usual["gradients"]], 1e-6)
+
+
+# Against the truth of the same inputs in float64. 16-bit weights are rounded once before they meet the values, results and gradients
+# once more at the end: some 2^-8 (bfloat16) or 2^-11 (float16) of the largest entry.
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1.5e-2, jnp.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: d.__name__)
+def test_dtypes(dtype):
+    """Every result in its input's dtype, and right to rounding; statistics in float32."""
+    call = lambda dtype: dict(mask=masks.causal(), scores=scores.t5_bias(normal(0, 8, N).astype(dtype), max_distance=9))
+    data, call_here = arrays(dtype), call(dtype)
+    got = {"blockwise": blockwise(*data, **call_here), "reference": reference(*data, **call_here)}
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
+        truth = reference(*wide(data), mask=masks.causal(), scores=wide(call_here["scores"]))
+        for result in got.values():
+            assert result["out"].dtype == dtype and result["r"].dtype == jnp.float32
+            assert all(g.dtype == dtype for g in result["gradients"])
+            assert_agree({"out": result["out"], "gradients": result["gradients"]}, {"out": truth["out"], "gradients": truth["gradients"]}, TOLERANCE[dtype])
+            assert_agree(result["r"], truth["r"], 2e-6)
+
+
+def test_mixed_operand_dtypes():
+    """A bias in another dtype than the query is used and differentiated in its own."""
+    data = arrays(jnp.bfloat16)
+    bias = normal(0, N, T, S)
+    for execute in (blockwise, reference):
+        result = execute(*data, scores=scores.bias(bias))
+        assert result["out"].dtype == jnp.bfloat16
+        assert [g.dtype for g in result["gradients"]] == [jnp.bfloat16] * 3 + [jnp.float32]
