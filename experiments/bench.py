@@ -87,7 +87,7 @@ def bench(options: Options, console: Console) -> dict[str, Any]:
     with Meter(turns, console) as meter:
         for contest in contests:
             times = {name: [] for name in contest.entries}
-            for number in range(contest.rounds + 1):  # the first compiles
+            for _ in range(contest.rounds + 1):  # the first compiles
                 for name, work in contest.entries.items():
                     meter.at(done, f"{contest.name}: {name}")
                     start = time.perf_counter()

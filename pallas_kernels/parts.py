@@ -11,10 +11,12 @@ needs to know - how a block is cut, how its gradient accumulates, whether it tra
     'offset'                     a table over j - i; the tile sees its [bq, bk] diagonal bands
     None                         handed over whole, as a trailing axis
 
-A block is at least two-dimensional: [bq or 1, bk or 1, *None axes].
+A block is at least two-dimensional: [bq or 1, bk or 1, *None axes]. A tile may also be evaluated transposed, [bk, bq], with all that belongs to
+it - scores, positions, blocks, row statistics - turned alike: parts broadcast, and never name the axes of queries and keys.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +41,10 @@ class Operand(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """How an operand in the canonical layout [batch, kv_head, group, query, key, *None axes] varies: over batch, key-value heads, groups, queries, keys, or the offset between them."""
+    """How an operand varies: over batch, key-value heads, groups, queries, keys, or the offset between them.
+
+    Executions keep operands in the layout [batch, kv_head, group, query, key, *None axes], or [batch, kv_head, group, offset].
+    """
 
     batch: bool
     kv: bool
@@ -91,6 +96,7 @@ def static(**kwargs):
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def part(cls):
     """Class decorator: a frozen dataclass registered as a pytree whose non-static fields are its leaves."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=True)(cls))
@@ -340,56 +346,6 @@ class Softmax(Exponential):
 
     def as_jax_nn(self):
         return {} if self.extra is None and self.temperature is None else None
-
-
-# What a sum over keys is made of: (s, rows, *weight operands) -> (weight of the values or None, tuple of summands).
-
-
-class FusedTerms(NamedTuple):
-    """Weight and normaliser of an exponential member at its residual."""
-
-    family: Exponential
-    weighs_values, sums = True, 1
-
-    def __call__(self, s, rows, *blocks):
-        num, den = self.family.terms(s, rows[0], *blocks)
-        return num, (den,)
-
-
-class WeightTerms(NamedTuple):
-    """The weight of the values at given statistics."""
-
-    weights: Weights
-    weighs_values, sums = True, 0
-
-    def __call__(self, s, rows, *blocks):
-        return self.weights.weight(s, rows, *blocks), ()
-
-
-class StatisticTerms(NamedTuple):
-    """The summand of a statistic. The rows are the earlier statistics and, unless it is a Sum, its own value last."""
-
-    statistic: Any
-    weighs_values, sums = False, 1
-
-    def __call__(self, s, rows, *blocks):
-        which = self.statistic
-        if isinstance(which, Sum):
-            return None, (which.phi(s, rows, *blocks),)
-        if isinstance(which, Root):
-            return None, (which.phi(s, rows[-1], rows[:-1], *blocks),)
-        return None, (which.terms(s, rows[-1], *blocks)[1],)
-
-
-class SlopeTerms(NamedTuple):
-    """Summand of a Root and its derivative in the root: what a Newton step needs."""
-
-    statistic: Root
-    weighs_values, sums = False, 2
-
-    def __call__(self, s, rows, *blocks):
-        r = jnp.broadcast_to(rows[-1], s.shape)
-        return None, jax.jvp(lambda r: self.statistic.phi(s, r, rows[:-1], *blocks), (r,), (jnp.ones_like(s),))
 
 
 # Programs -----------------------------------------------------------------------------------------------------------

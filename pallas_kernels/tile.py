@@ -52,20 +52,26 @@ def across(column, width: int):
     lanes = column.shape[1]
     if lanes in (1, width):
         return column
-    return column[:, :width] if width < lanes else jnp.tile(column, (1, width // lanes))
+    return jnp.tile(column, (1, -(-width // lanes)))[:, :width]
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
-def raw_scores(parts: Parts, q, k, at: At, blocks: Blocks):
+def raw_scores(parts: Parts, q, k, at: At, blocks: Blocks, *, transposed: bool = False):
     """``scale * q k^T`` [bq, bk], or what the leading :class:`Similarity` puts in its place."""
     if parts.scores and isinstance(parts.scores[0], Similarity):
+        if transposed:
+            turned = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), blocks)
+            return raw_scores(parts, q, k, at._replace(query=at.query.T, key=at.key.T), turned).T
         dtype = accumulator_dtype(q.dtype)
         return parts.scores[0].pair(q.astype(dtype), k.astype(dtype), at, *blocks.scores[0])
     if math.frexp(parts.scale)[0] == 0.5 or q.dtype == accumulator_dtype(q.dtype):  # scaling the query loses nothing, and is less work
-        return _dot(q if parts.scale == 1.0 else q * parts.scale, k, (1, 1))
-    return _dot(q, k, (1, 1)) * parts.scale
+        q, scale = q if parts.scale == 1.0 else q * parts.scale, 1.0
+    else:
+        scale = parts.scale
+    s = _dot(k, q, (1, 1)) if transposed else _dot(q, k, (1, 1))
+    return s if scale == 1.0 else s * scale
 
 
 def shape_scores(parts: Parts, s, at: At, blocks: Blocks):
@@ -230,7 +236,8 @@ def _split(blocks: Blocks):
     return [x for f, x in zip(inexact, leaves) if f], join
 
 
-def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, blocks: Blocks, seed, *, masked: bool, want_rows: bool):
+def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, blocks: Blocks, seed, *, masked: bool, want_rows: bool,
+                  transposed: bool = False):
     """The gradient of :func:`weigh_tile`: ``(dq, dk, dv, drows, dblocks)``.
 
     Args:
@@ -238,6 +245,8 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
       v, do: value block [bk, Hv] and cotangent of the weighed values [bq, Hv]; None when the terms have no ``num``.
       coefficients: cotangents of the sums, a tuple of [bq, 1].
       want_rows: whether the row statistics get a gradient (a fused fold's do not: theirs is in the coefficient).
+      transposed: the tile is evaluated as [bk, bq], and whatever broadcasts against it comes and leaves so: rows, coefficients, positions, operand
+        blocks and the gradients of rows and blocks. Then dk and dv need no transposition of a whole tile.
 
     Returns:
       ``dq`` [bq, H], ``dk`` [bk, H], ``dv`` [bk, Hv] (None without ``num``), ``drows`` like ``rows`` (or empty), and ``dblocks``: a list
@@ -256,22 +265,23 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
 
     replaced = parts.scores and isinstance(parts.scores[0], Similarity)
     if replaced:
-        raw, pull_pair = jax.vjp(lambda q, k, inexact: raw_scores(parts, q, k, at, join(inexact)), q, k, inexact)
+        raw, pull_pair = jax.vjp(lambda q, k, inexact: raw_scores(parts, q, k, at, join(inexact), transposed=transposed), q, k, inexact)
     else:
-        raw = raw_scores(parts, q, k, at, blocks)
+        raw = raw_scores(parts, q, k, at, blocks, transposed=transposed)
+    to_rows, to_keys = ((0, 0), (1, 0)) if transposed else ((1, 0), (0, 0))
     (num, _), pull = jax.vjp(weigh, raw, rows if want_rows else (), inexact)
     dv = g_num = None
     if num is not None:
-        g_num = _dot(do, v, (1, 1))
+        g_num = _dot(v, do, (1, 1)) if transposed else _dot(do, v, (1, 1))
         if parts.dropout_rate:
             drop = dropout_multiplier(parts, at, seed)
             g_num, num = g_num * drop, num * drop
-        dv = _dot(num.astype(do.dtype), do, (0, 0))
+        dv = _dot(num.astype(do.dtype), do, to_keys)
     ds, drows, dblocks = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
     if replaced:
         dq, dk, dpair = pull_pair(ds)
         return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(dblocks, dpair)]
-    dq, dk = _dot(ds.astype(k.dtype), k, (1, 0)), _dot(ds.astype(q.dtype), q, (0, 0))
+    dq, dk = _dot(ds.astype(k.dtype), k, to_rows), _dot(ds.astype(q.dtype), q, to_keys)
     if parts.scale != 1.0:
         dq, dk = dq * parts.scale, dk * parts.scale
     return dq, dk, dv, drows, dblocks

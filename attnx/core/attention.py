@@ -92,7 +92,7 @@ def attention(
                                dropout_rate=program.parts.dropout_rate, positions=(query_positions, key_positions), return_residual=return_residual)
     sink = sink_of(program, weights)
     if chosen == "reference" or no_tiles(program):
-        out, r = _reference(program, data, sink) if not hooks else with_sink(*reference.output(program, data, hooks), sink)
+        out, r = _reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
     else:
         out, r = _execute(_executor(chosen, program, data, block_sizes), data, sink)
     out = unbind_output(out, query.dtype)
@@ -150,12 +150,12 @@ def ring_attention(query, key, value, *, mesh=None, axis_name: str = "sequence",
 
 @partial(jax.jit, static_argnums=0)
 def _execute(executor, data: Data, sink):
-    return with_sink(*operations.output(executor, data), sink)
+    return with_sink(operations.output(executor, data), sink)
 
 
 @partial(jax.jit, static_argnums=0)
 def _reference(program: Program, data: Data, sink):
-    return with_sink(*reference.output(program, data), sink)
+    return with_sink(reference.output(program, data), sink)
 
 
 def sink_of(program: Program, weights: Weights):
@@ -164,12 +164,13 @@ def sink_of(program: Program, weights: Weights):
     return None if operand is None else bind_operand(operand, program.sizes, f"weights ({type(weights).__name__})")[0]
 
 
-def with_sink(out, r, sink):
-    """Lets the sink into the finished normaliser: ``r' = logaddexp(r, sink)``, ``out' = out e^(r - r')``."""
+def with_sink(result, sink):
+    """Lets the sink into the finished normaliser of ``(out, r)``: ``r' = logaddexp(r, sink)``, ``out' = out e^(r - r')``."""
     if sink is None:
-        return out, r
+        return result
+    out, r = result
     shape = (*out.shape[:-1], 1)
-    nothing = jnp.zeros(shape[:-1] + (1,), out.dtype)
+    nothing = jnp.zeros(shape, out.dtype)
     sink = jnp.broadcast_to(sink.astype(r.dtype), shape)
     merged, total = tile.merge((out, r[..., 0]), (nothing, sink[..., 0]))
     return merged, total[..., None]

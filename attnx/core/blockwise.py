@@ -13,8 +13,23 @@ from jax import lax
 
 from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, partition
-from attnx.core.tiling import (Tiling, Where, add_operand_block, add_rows_block, at_block, cover, keys_block, map_operands, operand_block,
-                               over_lanes, pad_rows, pad_to_blocks, rows_block, unpad_operand, visits)
+from attnx.core.tiling import (
+    Tiling,
+    Where,
+    add_operand_block,
+    add_rows_block,
+    at_block,
+    cover,
+    keys_block,
+    map_operands,
+    operand_block,
+    over_lanes,
+    pad_rows,
+    pad_to_blocks,
+    rows_block,
+    unpad_operand,
+    visits,
+)
 from pallas_kernels import tile
 
 
@@ -105,7 +120,7 @@ class Blockwise:
         s, unpadded, axes = data.key.shape[2], partition(data.operands)[0], varying_axes(data, rows)
         data, rows = vary((data, rows), axes)  # or the tiles' own gradients would be summed over devices, tile by tile
         data, rows, gradient_of = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
-        nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
+        nk, chunks = data.key.shape[2] // tiling.bk, k // tiling.lanes
         todo = visits(cover(program, data, tiling), tiling, by_key=True)
         operands, specs = partition(data.operands)[0], program.inexact_specs(data.operands)
 

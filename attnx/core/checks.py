@@ -153,7 +153,8 @@ def check_block_sizes(block_sizes) -> tuple[int, int]:
         raise TypeError(f"block_sizes: expected a pair (queries, keys), got {describe(block_sizes)}")
     if len(block_sizes) != 2:
         raise ValueError(f"block_sizes: expected a pair (queries, keys), got {describe(block_sizes)}")
-    return tuple(check_integer("block_sizes", size, least=1) for size in block_sizes)
+    queries, keys = (check_integer("block_sizes", size, least=1) for size in block_sizes)
+    return queries, keys
 
 
 def check_dropout_rate(rate) -> float:

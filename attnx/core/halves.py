@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from attnx.core import checks, operations, reference
 from attnx.core.attention import IMPLEMENTATIONS, no_tiles, prepare, sink_of, with_sink
 from attnx.core.blockwise import Blockwise
-from attnx.core.program import Data, Program, bind_operand, unbind_output
+from attnx.core.program import Data, Program, unbind_output
 from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
-from pallas_kernels.parts import Exponential, Mask, Operand, Softmax, Weights
+from pallas_kernels.parts import Exponential, Softmax, Weights
 
 
 def _materialises(name, program):
@@ -56,7 +56,7 @@ def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
     if isinstance(weights, Exponential):
         (r,) = rows
         sink = sink_of(program, weights)
-        return unbind_output(r if sink is None else with_sink(jnp.zeros_like(r), r, sink)[1], r.dtype)[..., 0]
+        return unbind_output(r if sink is None else with_sink((jnp.zeros_like(r), r), sink)[1], r.dtype)[..., 0]
     return tuple(unbind_output(r, r.dtype)[..., 0] for r in rows)
 
 
@@ -165,7 +165,7 @@ def attend_scores(scores: Float[Array, "... T S"], value: Float[Array, "... S Hv
     w, r = reference.weights(program, data, flat, ok)
     sink = sink_of(program, weights)
     if sink is not None:
-        w, _ = with_sink(w, r, sink)
+        w, _ = with_sink((w, r), sink)
     w = w.reshape(shape)
     out = jnp.einsum("...ts,...sv->...tv", w.astype(value.dtype), value, preferred_element_type=tile.accumulator_dtype(value.dtype))
     return (out.astype(value.dtype), w) if return_weights else out.astype(value.dtype)
@@ -226,6 +226,6 @@ def _blockwise_apply(executor: Blockwise, data: Data, rows):
 @partial(jax.jit, static_argnums=0)
 def _weights(program: Program, data: Data, sink):
     w, r = reference.weights(program, data, *reference.scores(program, data))
-    w = reference.dropout(program, data, w if sink is None else with_sink(w, r, sink)[0])
+    w = reference.dropout(program, data, w if sink is None else with_sink((w, r), sink)[0])
     b, k, g, t, s = w.shape
     return w.reshape(b, k * g, t, s)

@@ -253,15 +253,14 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
         # Features may be singular at 0, so what is skipped holds ones.
         query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
         log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
-    query = query.reshape(b, t, heads, n // heads, h)
 
     attend = _causal if plan.is_causal else _unordered
     if t and s:
         out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
     else:
-        out = jnp.zeros((*query.shape[:4], value.shape[3]), dtype)
+        out = jnp.zeros((b, t, n, value.shape[3]), dtype)
 
-    out = out.reshape(b, t, n, value.shape[3]) * plan.scale
+    out = out * plan.scale
     if plan.normalize:
         out, state = _divide(out[..., :-1], out[..., -1:], plan.floor), LinearState(memory[..., :-1], memory[..., -1])
     else:
@@ -309,5 +308,4 @@ def _unordered(plan, query, key, value, log_decay, segment_ids, memory):
     flip = partial(jax.tree.map, lambda x: jnp.flip(x, axis=1))
     past, last = _causal(plan, query, key, value, None, segment_ids, memory)
     future, _ = _causal(plan, *flip((query, key, value)), None, flip(segment_ids), jnp.zeros_like(memory), reverse=True)
-    own = jnp.einsum("bimgh,bimh,bimv->bimgv", plan.features(query.astype(memory.dtype)), plan.features(key.astype(memory.dtype)), value)
-    return past + flip(future) - own, last
+    return past + flip(future) - forms.own(query, key, value, memory, features=plan.features), last

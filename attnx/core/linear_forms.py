@@ -2,10 +2,10 @@
 
 A form maps ``(query, key, value, log_decay, state)`` to ``(out, state)``:
 
-    query [B, T, M, G, H]         M decays (and states), a multiple of K, with G queries for each
+    query [B, T, N, H]
     key, value [B, T, K, H], [B, T, K, Hv]
     log_decay [B, T, M, 1 or H], or None
-    state [B, M, H, Hv]           in the accumulator's dtype, as log_decay and out are
+    state [B, M, H, Hv]           M states, a multiple of K that divides N; in the accumulator's dtype, as log_decay and out [B, T, N, Hv] are
 
 Documents reach a form as decays of exactly 0.
 """
@@ -26,15 +26,22 @@ CHUNK = 64
 SLAB = 4096
 
 
-def _prepare(query, key, value, features, dtype, heads, axis):
-    """Features, and the keys and values of each decay, in the accumulator's dtype."""
-    spread = lambda x: jnp.repeat(x, heads // x.shape[axis], axis=axis)
-    return features(query.astype(dtype)), spread(features(key.astype(dtype))), spread(value.astype(dtype))
+def _prepare(query, key, value, features, state):
+    """For each state its queries [..., M, G, H], key and value, as features in the accumulator's dtype."""
+    m, dtype = state.shape[1], state.dtype
+    spread = lambda x: jnp.repeat(x, m // x.shape[-2], axis=-2)
+    q, k = features(query.astype(dtype)), features(key.astype(dtype))
+    return q.reshape(*q.shape[:-2], m, q.shape[-2] // m, q.shape[-1]), spread(k), spread(value.astype(dtype))
+
+
+def _join(out):
+    """[..., M, G, Hv] -> [..., N, Hv]."""
+    return out.reshape(*out.shape[:-3], out.shape[-3] * out.shape[-2], out.shape[-1])
 
 
 def parallel(query, key, value, log_decay, state, *, features):
     """The definition, all pairs materialised: O(T^2 H) time and memory."""
-    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    q, k, v = _prepare(query, key, value, features, state)
     g = jnp.zeros_like(k) if log_decay is None else jnp.broadcast_to(log_decay, k.shape)
     i, j = jnp.arange(k.shape[1])[:, None, None, None], jnp.arange(k.shape[1])[:, None, None]
     between = jnp.cumsum(jnp.where(i > j, g[:, :, None], 0), axis=1)  # [B, i, j, M, H]: g_(j+1) + ... + g_i
@@ -42,7 +49,7 @@ def parallel(query, key, value, log_decay, state, *, features):
     since = jnp.exp(jnp.cumsum(g, axis=1))
     scores = jnp.einsum("bimgh,bjmh,bijmh->bmgij", q, k, decay)
     out = jnp.einsum("bmgij,bjmv->bimgv", scores, v) + jnp.einsum("bimgh,bimh,bmhv->bimgv", q, since, state)
-    return out, since[:, -1, ..., None] * state + jnp.einsum("bjmh,bjmh,bjmv->bmhv", decay[:, -1], k, v)
+    return _join(out), since[:, -1, ..., None] * state + jnp.einsum("bjmh,bjmh,bjmv->bmhv", decay[:, -1], k, v)
 
 
 def recurrent(query, key, value, log_decay, state, *, features):
@@ -50,9 +57,9 @@ def recurrent(query, key, value, log_decay, state, *, features):
 
     def step(state, token):
         q, k, v, g = token
-        q, k, v = _prepare(q, k, v, features, state.dtype, state.shape[1], 1)
+        q, k, v = _prepare(q, k, v, features, state)
         state = (state if g is None else jnp.exp(g)[..., None] * state) + k[..., None] * v[..., None, :]
-        return state, jnp.einsum("bmgh,bmhv->bmgv", q, state)
+        return state, _join(jnp.einsum("bmgh,bmhv->bmgv", q, state))
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay))
     state, out = lax.scan(step, vary(state, varying_axes(tokens)), tokens)
@@ -62,8 +69,8 @@ def recurrent(query, key, value, log_decay, state, *, features):
 def _slab(state, tokens, *, size, features):
     """``(state, out)`` of one slab of tokens [B t, ...]: all its chunks at once, then the states that pass between them."""
     *tokens, log_decay = tokens
-    b, m = state.shape[:2]
-    q, k, v = _prepare(*tokens, features, state.dtype, m, 1)
+    q, k, v = _prepare(*tokens, features, state)
+    b = state.shape[0]
 
     def cut(x):  # [B, M, chunks, size, ...]
         return jnp.moveaxis(x.reshape(b, x.shape[0] // (b * size), size, *x.shape[1:]), 3, 1)
@@ -78,15 +85,15 @@ def _slab(state, tokens, *, size, features):
 
     state, arriving = lax.scan(carry, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), change), unroll=True)
     out = out + jnp.einsum("bmcgih,cbmhv->bmcgiv", q, arriving)
-    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(*tokens[0].shape[:3], v.shape[-1])
+    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(*tokens[0].shape[:2], v.shape[-1])
 
 
 def chunked(query, key, value, log_decay, state, *, features, chunk_size):
     """Chunks by matrix products, slab after slab: O(T) time and memory, also for gradients, which recompute a slab from its first state."""
-    b, t, m, g, _ = query.shape
+    b, t, n, _ = query.shape
     size = min(chunk_size or CHUNK, 1 << (t - 1).bit_length())
     chunks = -(-t // size)
-    most = min(max(SLAB // max(b * m * g * size, 1), 1), 8)
+    most = min(max(SLAB // max(b * n * size, 1), 1), 8)
     most = max(most, -(-min(state.shape[-2:]) // size))  # the states kept must not outweigh the tokens
     slabs = -(-chunks // most)
     slab = -(-chunks // slabs) * size
@@ -106,21 +113,27 @@ def chunked(query, key, value, log_decay, state, *, features, chunk_size):
 
 def unordered(query, key, value, state, *, features, axis_name):
     """Not causal: every query reads the sum over all keys. O(T), and O(T H') memory for the features."""
-    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    q, k, v = _prepare(query, key, value, features, state)
     added = jnp.einsum("bjmh,bjmv->bmhv", k, v)
     state = state + (added if axis_name is None else lax.psum(added, axis_name))
-    return jnp.einsum("bimgh,bmhv->bimgv", q, state), state
+    return _join(jnp.einsum("bimgh,bmhv->bimgv", q, state)), state
+
+
+def own(query, key, value, state, *, features):
+    """What each token reads of itself, (q_t . k_t) v_t: the part that a sum from either side has in common."""
+    q, k, v = _prepare(query, key, value, features, state)
+    return _join(jnp.einsum("bimgh,bimh,bimv->bimgv", q, k, v))
 
 
 def parallel_unordered(query, key, value, state, *, features, runs):
     """The definition where not causal: all pairs, in ``runs`` [B, T] (or None) those of equal number; run 0 reads the given state."""
-    q, k, v = _prepare(query, key, value, features, state.dtype, state.shape[1], 2)
+    q, k, v = _prepare(query, key, value, features, state)
     queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) if runs is None else runs for x in (q, k))
     scores = jnp.einsum("bimgh,bjmh,bij->bmgij", q, k, queries[:, :, None] == keys[:, None])
     given = jnp.einsum("bimgh,bmhv,bi->bimgv", q, state, queries == 0)
     last = keys[:, -1:]
     state = jnp.einsum("bmhv,bj->bmhv", state, last == 0) + jnp.einsum("bjmh,bjmv,bj->bmhv", k, v, keys == last)
-    return jnp.einsum("bmgij,bjmv->bimgv", scores, v) + given, state
+    return _join(jnp.einsum("bmgij,bjmv->bimgv", scores, v) + given), state
 
 
 # A sequence over several devices ------------------------------------------------------------------------------------
@@ -163,7 +176,7 @@ def over_devices(form, query, key, value, log_decay, state, *, axis_name, revers
     """
     rank = _rank(axis_name, reverse)
     # No queries: the same form computes states alone. The first device starts from the state given.
-    _, change = form(query[:, :, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
+    _, change = form(query[:, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
     keep = jnp.ones((1, 1), state.dtype) if log_decay is None else jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
 
     def combine(earlier, later):

@@ -20,7 +20,8 @@ from jax import lax
 from attnx.core.compat import psum_like
 from attnx.core.program import Data, partition
 from pallas_kernels import tile
-from pallas_kernels.parts import Exponential, FusedTerms, Root, SlopeTerms, StatisticTerms, WeightTerms
+from pallas_kernels.parts import Exponential, Root
+from pallas_kernels.terms import FusedTerms, SlopeTerms, StatisticTerms, WeightTerms
 
 
 def _cotangent(tree, inexact_gradients):
@@ -106,9 +107,9 @@ def backward(executor, terms, want_rows: bool, data: Data, rows, do, coefficient
     parts = executor.program.parts
     do = None if do is None else do.astype(data.value.dtype)
 
-    def body(q, k, v, given, at, blocks, seed, masked):
+    def body(q, k, v, given, at, blocks, seed, masked, **orientation):
         rows, do, coefficients = given
-        return tile.backward_tile(parts, terms, q, k, v, do, rows, coefficients, at, blocks, seed, masked=masked, want_rows=want_rows)
+        return tile.backward_tile(parts, terms, q, k, v, do, rows, coefficients, at, blocks, seed, masked=masked, want_rows=want_rows, **orientation)
 
     dq, dk, dv, drows, doperands = executor.fold_keys(data, body, (rows, do, coefficients), rows if want_rows else ())
     return [dq, dk, *([] if dv is None else [dv]), *doperands], drows
@@ -184,7 +185,8 @@ root.defvjp(_root_forward, _root_backward)
 
 def statistics(executor, data: Data):
     """Every row statistic of the call's weights, in order: a tuple of [B, K, G, T, 1]."""
-    data, rows = data._replace(value=None), ()
+    data = data._replace(value=None)
+    rows: tuple[jax.Array, ...] = ()
     for which in executor.program.parts.weights.statistics:
         if isinstance(which, Exponential):
             r = attend(executor, which, data)[1]

@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array, Spec]:
     """An operand in the canonical layout, and how it varies."""
-    array, axes = jnp.asarray(operand.array), tuple(operand.axes)
+    array, axes = jnp.asarray(operand.array), operand.axes
     if len(axes) != jnp.ndim(array):
         raise ValueError(f"{owner}: expected an array with axes {axes}, got shape {jnp.shape(array)}")
     groups = sizes.heads // sizes.kv_heads
@@ -65,9 +65,9 @@ def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array,
         raise ValueError(f"{owner}: an 'offset' operand has no other position axis and no None axis, got {axes}")
     if {"head", "kv_head"} <= set(named):
         raise ValueError(f"{owner}: an operand varies over 'head' or 'kv_head', not both, got {axes}")
-    for name, size in zip(axes, array.shape):
-        if name is not None and size not in (1, full[name]):
-            raise ValueError(f"{owner}: expected {name} axis of size 1 or {full[name]}, got {size} in shape {array.shape} with axes {axes}")
+    for name, length in zip(axes, array.shape):
+        if name is not None and length not in (1, full[name]):
+            raise ValueError(f"{owner}: expected {name} axis of size 1 or {full[name]}, got {length} in shape {array.shape} with axes {axes}")
 
     varies = [i for i, (name, size) in enumerate(zip(axes, array.shape)) if name is None or size > 1]
     array, axes = array.reshape([array.shape[i] for i in varies]), [axes[i] for i in varies]

@@ -78,7 +78,8 @@ def _root(which: Root, s, ok, earlier, operands):
 
 def statistics(program: Program, data: Data, s, ok):
     """Every row statistic of the call's weights from materialised scores, in order: a tuple of [B, K, G, T, 1]."""
-    operands, rows = data.operands.weights, ()
+    operands = data.operands.weights
+    rows: tuple[jax.Array, ...] = ()
     for which in program.parts.weights.statistics:
         given = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
         if isinstance(which, Exponential):

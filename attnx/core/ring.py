@@ -6,8 +6,9 @@ does the same once more, the gradients of keys travelling with them and ending a
 
 Liu, Zaharia, Abbeel: "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023, arXiv 2310.01889). Under a causal mask device 0
 would have nothing to do most of the time, so the sequence is dealt out in a zigzag first: of 2P chunks device d holds chunks
-d and 2P-1-d (as in Brandon et al.: "Striped Attention", 2023, arXiv 2311.09431, in coarser stripes that keep tiles full or empty). Parts see logical positions, so
-nothing else knows. Masks of a limited span stop the ring as soon as no device can see what would come next.
+d and 2P-1-d (as in Brandon et al.: "Striped Attention", 2023, arXiv 2311.09431, in coarser stripes that keep tiles full or empty).
+Parts see logical positions, so nothing else knows. Masks of a limited span stop the ring as soon as no device can see what would
+come next.
 """
 
 import dataclasses
@@ -201,8 +202,8 @@ class Ring:
             return tuple(a for a in everywhere if not kept[a])
 
         def local(data, both):
-            rows, gradient_of = both
-            data, rows, gradient_of = self._deal_data(data), *jax.tree.map(lambda x: self._deal(x, 3), (rows, gradient_of))
+            data = self._deal_data(data)
+            rows, gradient_of = jax.tree.map(lambda x: self._deal(x, 3), both)
             moving, join = self._split(data)
             size = data.key.shape[2]
 

@@ -27,9 +27,8 @@ class Tiling(NamedTuple):
 
 def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
     """Tile sizes for a call: given ones, or what was fastest at its shape class."""
-    t, s, k = data.query.shape[3], data.key.shape[2], data.key.shape[1]
     bq, bk = (512, 512) if block_sizes is None else check_block_sizes(block_sizes)
-    return Tiling(min(bq, t), min(bk, s), 1)
+    return Tiling(min(bq, data.query.shape[3]), min(bk, data.key.shape[2]), 1)
 
 
 class Visits(NamedTuple):
@@ -228,7 +227,7 @@ def _bands(program: Program, positions, where: Where, tiling: Tiling):
         start = key[0, 0] - query[0, 0] - (tiling.bq - 1) - low
         return lambda bands: _diagonals(bands, tiling.bq, tiling.bk), start, tiling.bq + tiling.bk - 1
     index = key - query - low
-    return lambda table: jnp.take(table, jnp.clip(index, 0, table.shape[-1] - 1), axis=-1), None, None
+    return lambda table: jnp.take(table, jnp.clip(index, tiling.bq, table.shape[-1] - tiling.bk - 1), axis=-1), None, None
 
 
 def operand_block(program: Program, x, spec: Spec, positions, where: Where, tiling: Tiling):

@@ -30,7 +30,7 @@ def t5_bucket(offset, num_buckets: int = 32, max_distance: int = 128, bidirectio
     """
     _check_buckets("num_buckets", num_buckets, max_distance, bidirectional)
     offset = check_integers("offset", offset)
-    start = 0
+    start = jnp.zeros_like(offset)
     if bidirectional:
         num_buckets //= 2
         start = jnp.where(offset > 0, num_buckets, 0)

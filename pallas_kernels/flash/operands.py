@@ -67,8 +67,8 @@ def line(x, lead, name: str, size: int, *, turned: bool = False) -> Window:
     return Window(x[..., None, :], (None,) * len(lead) + (1, size), (*lead, None, name), turned)
 
 
-def window(x, form: Form, bq: int, bk: int) -> Window:
-    """The window of a canonical operand that was padded to whole blocks."""
+def window(x, form: Form, bq: int, bk: int, transposed: bool) -> Window:
+    """The window of a canonical operand that was padded to whole blocks, for tiles [bq, bk] or, transposed, [bk, bq]."""
     if form.kind == "offset":
         x = jnp.pad(x, [(0, 0)] * 3 + [(0, LANES + -x.shape[3] % LANES)], mode="edge")  # windows start at whole lanes
         return Window(x[..., None, :], (None, None, None, 1, x.shape[3]), (*form.lead, None, None))
@@ -82,12 +82,16 @@ def window(x, form: Form, bq: int, bk: int) -> Window:
     x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *form.extra)
     if form.extra:
         return Window(x, (None, None, None, size, *form.extra), (*form.lead, name, *more))
-    return line(x, form.lead, name, size, turned=form.kind == "query")
+    return line(x, form.lead, name, size, turned=form.kind == ("key" if transposed else "query"))
+
+
+def wide(dtype):
+    """The dtype of at least 32 bits, which the vector units can transpose, that holds numbers of ``dtype``."""
+    return jnp.promote_types(dtype, jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
 
 
 def _wide(x):
-    """Numbers of at least 32 bits, which the vector units can transpose."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32))
+    return x.astype(wide(x.dtype))
 
 
 def column(row):
@@ -100,10 +104,12 @@ def row(column):
     return _wide(column).T
 
 
-def block(x, form: Form):
-    """What a part sees, [bq or 1, bk or 1, *None axes], of an operand's window (a row already turned into a column)."""
+def block(x, form: Form, transposed: bool):
+    """What a part sees, [bq or 1, bk or 1, *None axes] or its transpose, of an operand's window (lines already turned)."""
     if form.extra and form.kind in ("query", "key"):
-        x = jnp.expand_dims(x, 1 if form.kind == "query" else 0)
+        x = jnp.expand_dims(x, 1 if (form.kind == "query") != transposed else 0)
+    elif transposed and form.kind in ("pair", "offset"):
+        x = jnp.swapaxes(_wide(x), 0, 1)
     return x != 0 if form.dtype == bool else x.astype(form.dtype)
 
 

@@ -11,7 +11,7 @@ orders of visits:
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.operands import LANES, Form, Window, add_gathered, block, column, form, line, matrix, row, spread, window
+from pallas_kernels.flash.operands import LANES, Form, Window, add_gathered, block, column, form, line, matrix, row, spread, wide, window
 from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Schedule, schedule, unpack
 from pallas_kernels.parts import At, Blocks, Cover, Spec
 from pallas_kernels.tile import accumulator_dtype
@@ -100,7 +100,7 @@ def fold_rows(plan: Plan, table: Cover, data, init: Callable, body: Callable, fi
 
 
 def fold_keys(plan: Plan, table: Cover, data, body: Callable, rows, gradient_of):
-    """Sums ``body(q, k, v, rows, at, blocks, seed, masked) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
+    """Sums ``body(q, k, v, rows, at, blocks, seed, masked, transposed=...) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
 
     Args:
       table, data, rows: as in :func:`fold_rows`.
@@ -195,10 +195,10 @@ def _key_side(plan, data, body, rows, timetable, chosen):
 
         @_visited(here)
         def _(masked):
-            _, dk, dv, _, dblocks = body(*tile(), masked)
+            _, dk, dv, _, dblocks = body(*tile(), masked, transposed=True)
             jax.tree.map(_add, sums, [dk, dv][: len(sums)])
             for n, f, _ in chosen:
-                _add(mine[n].at[here.g if f.spec.group else 0], dblocks[n][0] if f.extra else dblocks[n])
+                _add(mine[n].at[here.g if f.spec.group else 0], dblocks[n][:, 0] if f.extra else row(dblocks[n]))
 
         @pl.when(here.last & (here.g == g - 1))
         def _():
@@ -216,11 +216,7 @@ def _pair_side(plan, data, body, rows, timetable, chosen):
     shared = "".join(c for c in "bkg" if c not in own)
 
     def step(here, tile, output, _):
-        first = here.kind != EMPTY
-        for c in shared:
-            first &= getattr(here, c) == 0
-
-        @pl.when(first)
+        @pl.when(_starts(here, shared) & (here.kind != EMPTY))
         def _():
             _zero(output)
 
@@ -228,7 +224,7 @@ def _pair_side(plan, data, body, rows, timetable, chosen):
         def _(masked):
             _add(output, body(*tile(), masked)[4][n])
 
-    output = window(_like(shape, accumulator_dtype(data.query.dtype)), f, plan.bq, plan.bk)
+    output = window(_like(shape, accumulator_dtype(data.query.dtype)), f, plan.bq, plan.bk, False)
     return _launch(plan, timetable, data, rows, own + "s" + shared, step, output, (), "fold_keys_pair_side", zeroed=True)
 
 
@@ -254,7 +250,8 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
             by_key: bool = False, zeroed: bool = False):
     """Runs ``step(here, tile, output refs, scratch refs)`` over a grid whose axes are ``order``: letters of 'bkgs', s the steps of a schedule.
 
-    ``tile()`` reads what a tile function wants: (q, k, v, rows, at, blocks, seed). ``zeroed``: blocks that no step visits are to hold zeros.
+    ``tile()`` reads what a tile function wants: (q, k, v, rows, at, blocks, seed). ``by_key``: the schedule has key blocks outside, and tiles are
+    transposed. ``zeroed``: blocks that no step visits are to hold zeros.
     """
     b, k, g, t, _ = data.query.shape
     nq, nk = t // plan.bq, data.key.shape[2] // plan.bk
@@ -274,17 +271,18 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
     leaves, structure = jax.tree.flatten(data.operands)
     forms = [form(x, spec) for x, spec in zip(leaves, _specs(plan), strict=True)]
     positions = None if plan.contiguous else (
-        line(data.query_positions[:, None, None], ("b" if q_batched else None, None, None), "i", plan.bq, turned=True),
-        line(data.key_positions[:, None, None], ("b" if k_batched else None, None, None), "j", plan.bk))
+        line(data.query_positions[:, None, None], ("b" if q_batched else None, None, None), "i", plan.bq, turned=not by_key),
+        line(data.key_positions[:, None, None], ("b" if k_batched else None, None, None), "j", plan.bk, turned=by_key))
     inputs = Inputs(
         matrix(data.query, "bkg", "i", plan.bq), matrix(data.key, "bk", "j", plan.bk), None if data.value is None else matrix(data.value, "bk", "j", plan.bk),
-        jax.tree.map(lambda x: line(x[..., 0], "bkg", "i", plan.bq, turned=True) if x.shape[-1] == 1 else matrix(x, "bkg", "i", plan.bq), rows),
-        positions, [window(x, f, plan.bq, plan.bk) for x, f in zip(leaves, forms)])
+        jax.tree.map(lambda x: line(x[..., 0], "bkg", "i", plan.bq, turned=not by_key) if x.shape[-1] == 1 else matrix(x, "bkg", "i", plan.bq), rows),
+        positions, [window(x, f, plan.bq, plan.bk, by_key) for x, f in zip(leaves, forms)])
     read, inputs_tree = jax.tree.flatten(inputs)
     written, outputs_tree = jax.tree.flatten(outputs)
     kept, scratch_tree = jax.tree.flatten(scratch)
-    turned = [n for n, w in enumerate(read) if w.turned] if order == "bkgs" else []  # once a query block, where those are outside
-    columns = [pltpu.VMEM((plan.bq, LANES), column(jnp.zeros((1, 1), read[n].array.dtype)).dtype) for n in turned]
+    inside = order[order.index("s") + 1:]  # what changes while an outer block stays; the rest is turned once for each of those
+    turned = [n for n, w in enumerate(read) if w.turned and not set(inside) & set(w.place)]
+    columns = [pltpu.VMEM((read[n].shape[-1], LANES), wide(read[n].array.dtype)) for n in turned]
     parts = (5, len(read), len(written) if zeroed else 0, len(written), len(kept), len(columns))
 
     def kernel(*refs):
@@ -297,7 +295,7 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
         here = Here(**at, offset=key_start - query_start - plan.low + 1)
 
         if turned:
-            @pl.when(here.first)
+            @pl.when(here.first & _starts(here, inside))
             def _():
                 for ref, n in zip(columns, turned):
                     _put(ref, column(ins[n][...]))
@@ -311,9 +309,10 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
         def tile():
             offsets = {id(ref) for ref, f in zip(jax.tree.unflatten(inputs_tree, ins).operands, forms) if f.kind == "offset"}
             values = jax.tree.unflatten(inputs_tree, [None if id(ref) in offsets else load(n) for n, ref in enumerate(ins)])
-            where = values.positions or (_consecutive(query_start, here.i, plan.bq, plan.queries, 0), _consecutive(key_start, here.j, plan.bk, plan.keys, 1))
+            where = values.positions or (_consecutive(query_start, here.i, plan.bq, plan.queries, by_key),
+                                         _consecutive(key_start, here.j, plan.bk, plan.keys, not by_key))
             refs = jax.tree.unflatten(inputs_tree, ins).operands
-            blocks = [block(spread(ref, here.offset, plan.bq, plan.bk) if f.kind == "offset" else x, f)
+            blocks = [block(spread(ref, here.offset, plan.bq, plan.bk) if f.kind == "offset" else x, f, by_key)
                       for x, ref, f in zip(values.operands, refs, forms)]
             at_tile = At(origin[0] + here.b, (origin[1] + here.k) * g + here.g, *where)
             return (values.query, values.key, values.value, values.rows, at_tile, jax.tree.unflatten(structure, blocks), (seed[0], seed[1]))
@@ -337,8 +336,8 @@ def _launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Calla
 
 
 def _consecutive(start, number, size: int, length: int, axis: int):
-    """The positions of a block that starts at ``start``, -1 beyond ``length`` entries in all: [size, 1] or [1, size]."""
-    along = jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
+    """The positions of a block that starts at ``start``, -1 beyond ``length`` entries in all: along axis 0, [size, 1], or 1, [1, size]."""
+    along = jax.lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
     return start + along if length % size == 0 else jnp.where(number * size + along < length, start + along, -1)
 
 
@@ -348,6 +347,11 @@ def _visited(here: Here):
         pl.when(here.kind == FULL)(partial(visit, False))
         pl.when(here.kind == PARTIAL)(partial(visit, True))
     return run
+
+
+def _starts(here: Here, letters: str):
+    """Whether the grid is at the beginning of all these axes."""
+    return reduce(jnp.logical_and, (getattr(here, c) == 0 for c in letters), True)
 
 
 def _specs(plan):

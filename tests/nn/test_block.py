@@ -95,11 +95,13 @@ def unstack(stack, group):
 
 
 def test_scan_equals_loop_with_gradients():
-    def wide(mechanism):
-        return functools.partial(make_block, mechanism, param_dtype=jnp.float64)
+    wide = dict(param_dtype=jnp.float64)
+
+    def bare(*, rngs):
+        return TransformerBlock(D, attention=Attention(D, N, mechanism=FULL, rngs=rngs, **wide), rngs=rngs, **wide)
 
     def stack(**options):
-        return Stack([wide(CAUSAL), wide(FULL)], 4, rngs=nnx.Rngs(0), **options)
+        return Stack([functools.partial(make_block, **wide), bare], 4, rngs=nnx.Rngs(0), **options)
 
     def looped(params, x):
         for group in range(2):

@@ -22,7 +22,7 @@ def rotary_by_matrices(x, positions, base, size, interleaved):
 def test_rotary_is_the_rotation_matrix(size, interleaved, base):
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
     positions = np.array([[0, 1, 2, 3, 4], [7, 100, 3, -1, 0]])
-    out = rotary(x, jnp.array(positions), base=base, rotary_size=size, interleaved=interleaved)
+    out = jax.jit(lambda x, p: rotary(x, p, base=base, rotary_size=size, interleaved=interleaved))(x, jnp.array(positions))
     np.testing.assert_allclose(out, rotary_by_matrices(x, positions, base, size, interleaved), atol=1e-5)
     assert (out[..., size:] == x[..., size:]).all()
 
@@ -37,11 +37,11 @@ def test_rotary_scores_depend_on_differences_only():
 
 def test_rotary_defaults_dtypes_and_empty():
     x = jax.random.normal(jax.random.key(0), (1, 4, 2, 6), jnp.bfloat16)
-    assert rotary(x).dtype == jnp.bfloat16
-    assert (rotary(x) == rotary(x, jnp.arange(4))).all()
-    assert (rotary(x, rotary_size=0) == x).all()
-    assert rotary(x[:, :0]).shape == (1, 0, 2, 6)
-    assert (Rotary(fraction=0.5)(x, x)[0] == rotary(x, rotary_size=2)).all()
+    plain, given, still, empty, half, two = jax.jit(lambda x: (
+        rotary(x), rotary(x, jnp.arange(4)), rotary(x, rotary_size=0), rotary(x[:, :0]), Rotary(fraction=0.5)(x, x)[0],
+        rotary(x, rotary_size=2)))(x)
+    assert plain.dtype == jnp.bfloat16 and (plain == given).all() and (plain != x).any()
+    assert (still == x).all() and empty.shape == (1, 0, 2, 6) and (half == two).all()
     with jax.enable_x64(True):
         wide = rotary(jnp.ones((1, 3, 1, 4), jnp.float64), jnp.array([0, 1, 10**6]))
         assert wide.dtype == jnp.float64

@@ -1,0 +1,199 @@
+"""The ``gathered`` execution of the selected engine: chosen key blocks side by side in a tile, on any backend.
+
+A tile is a few query blocks of one or several heads, each against a slab of its own key blocks. It is read by one gather an array, and the gradients of
+what several tiles read are added by one scatter. What is folded comes from :mod:`attnx.core.operations`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnx.core.compat import vary, varying_axes
+from attnx.core.program import Data, Program, partition
+from attnx.core.tiling import Tiling, widen
+from pallas_kernels import tile
+from pallas_kernels.parts import At, Blocks, Mask, Operand, Score, Spec, part, static
+
+# The selection as parts, so that a tile reads one number a key. ``materialised`` they are arrays over queries and keys like any, and every execution
+# evaluates them; otherwise arrays over query blocks and entries of the table, which only the gathered one knows how to read.
+
+
+def _axes(array, sizes, materialised):
+    return ("batch", "head" if array.shape[1] in (1, sizes.heads) else "kv_head", *(("query", "key") if materialised else (None, None)))
+
+
+@part
+class Chosen(Mask):
+    """Pairs in chosen blocks: where the table is not -1. The first of the masks."""
+
+    table: Any
+    materialised: bool = static(default=False)
+
+    def operands(self, sizes):
+        return (Operand(self.table, _axes(self.table, sizes, self.materialised)),)
+
+    def tile(self, at, entry):
+        return entry >= 0
+
+
+@part
+class Extra(Score):
+    """The scores of chosen blocks. The last of the scores."""
+
+    scores: Any
+    materialised: bool = static(default=False)
+
+    def operands(self, sizes):
+        return (Operand(self.scores, _axes(self.scores, sizes, self.materialised)),)
+
+    def tile(self, s, at, extra):
+        return s + extra.astype(s.dtype)
+
+
+# Blocks -------------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """C query blocks and m entries of each one's row in the table: indices [C, 1] and [C, m]."""
+
+    batch: Any
+    kv_head: Any
+    lane: Any  # the query head of the group where each chooses for itself, else 0
+    block: Any
+    entry: Any
+    chosen: Any  # the key blocks that the entries name
+    at: At  # [C], [C, group], [C, bq, 1], [C, 1, m bk]
+
+
+class Layout(NamedTuple):
+    """How an operand is cut into blocks."""
+
+    spec: Spec
+    lanes: bool  # the heads of a group are apart, each with its own tiles
+    bk: int
+    low: int  # the first offset of an offset table
+    entry: bool = False  # a column for each entry of the table rather than for each key
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class Blocked:
+    """An operand as [batch, kv_head, lane, query block, key block, group, rows, columns, *None axes], or [batch, kv_head, lane, offset, group]."""
+
+    array: Any
+    layout: Layout
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it varies over the heads that share a tile."""
+        return self.layout.spec.group and not self.layout.lanes
+
+    def _index(self, place: Place):
+        spec, zero = self.layout.spec, jnp.zeros_like(place.batch)
+        lead = [x if varies else zero for x, varies in zip(place, (spec.batch, spec.kv, spec.group and self.layout.lanes))]
+        if spec.offset:
+            offset = jnp.clip(place.at.key - place.at.query - self.layout.low, 0, self.array.shape[3] - 1)
+            return *(x[:, :, None] for x in lead), offset
+        column = (place.entry if self.layout.entry else place.chosen) if spec.key else zero
+        return *lead, place.block if spec.query else zero, column
+
+    def blocks(self, place: Place):
+        """What the tile reads, block by block: [C, m or 1, group, rows, columns, *None axes]."""
+        return self.array.at[self._index(place)].get(mode="promise_in_bounds")
+
+    def read(self, place: Place):
+        """What the tile reads: [C, group, rows, keys, *None axes]."""
+        block = self.blocks(place)
+        if self.layout.spec.offset:
+            return jnp.moveaxis(block, -1, 1)
+        if not self.layout.spec.key:
+            return block[:, 0]
+        block = jnp.moveaxis(jnp.broadcast_to(block, (*block.shape[:4], self.layout.bk, *block.shape[5:])), 1, 3)
+        return block.reshape(*block.shape[:3], -1, *block.shape[5:])
+
+    def add(self, place: Place, block):
+        """With the gradient of what a tile read added, of which ``block`` [C, group, ...] has one for every head of the tile."""
+        block = block if self.grouped else block.sum(1, keepdims=True)
+        if self.layout.spec.offset:
+            block = jnp.moveaxis(block, 1, -1)
+        elif self.layout.spec.key:
+            block = jnp.moveaxis(block.reshape(*block.shape[:3], -1, self.layout.bk, *block.shape[4:]), 3, 1)
+            block = block.sum(5, keepdims=True) if self.layout.entry else block
+        else:
+            block = block[:, None]
+        return dataclasses.replace(self, array=self.array.at[self._index(place)].add(block, mode="promise_in_bounds"))
+
+
+class Cut(NamedTuple):
+    """The arrays of a call in blocks."""
+
+    query: Any
+    key: Any
+    value: Any
+    operands: Any
+    query_positions: Any
+    key_positions: Any
+    rows: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Executes a program whose first mask is :class:`Chosen`; static and hashable."""
+
+    program: Program
+    tiling: Tiling
+    blocks: int  # query blocks in a tile
+    entries: int  # key blocks of each in a tile
+
+    def maximum(self, x):
+        """The largest entry."""
+        return jnp.max(x, initial=0)
+
+    def stored(self, x):
+        """A result as it is kept: in the accumulator's dtype."""
+        return x
+
+    @property
+    def lanes(self) -> int:
+        """How many query heads of a group choose for themselves."""
+        sizes = self.program.sizes
+        return sizes.heads // sizes.kv_heads if self.program.specs.mask[0].group else 1
+
+    def cut(self, x, spec: Spec, entry: bool = False) -> Blocked:
+        """A canonical operand in blocks, padded to whole ones; linear."""
+        bq, bk, _ = self.tiling
+        layout = Layout(spec._replace(query=True, key=True) if entry else spec, self.lanes > 1, bk, self.program.sizes.offsets[0], entry)
+        lanes = (x.shape[2], 1) if layout.lanes else (1, x.shape[2])
+        if spec.offset:
+            return Blocked(jnp.moveaxis(x.reshape(*x.shape[:2], *lanes, -1), 3, 4), layout)
+        if entry:
+            x = widen(x, 6, -x.shape[6] % self.entries, constant_values=-1)
+            return Blocked(x.reshape(*x.shape[:2], lanes[0], *x.shape[5:], lanes[1], 1, 1), layout)
+        rows, columns = bq if spec.query else 1, bk if spec.key else 1
+        x = widen(widen(x, 3, -x.shape[3] % rows, "edge"), 4, -x.shape[4] % columns, "edge")
+        x = x.reshape(*x.shape[:2], *lanes, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
+        return Blocked(x.transpose(0, 1, 2, 4, 6, 3, 5, 7, *range(8, x.ndim)), layout)
+
+    def _cut(self, data: Data, rows) -> Cut:
+        parts, specs = self.program.parts, self.program.specs
+        extra = bool(parts.scores) and isinstance(parts.scores[-1], Extra)
+        entries = Blocks(tuple(tuple(extra and i == len(specs.scores) - 1 for _ in x) for i, x in enumerate(specs.scores)),
+                         tuple(i == 0 for i in range(len(specs.mask))), (False,) * len(specs.weights))
+        operands = jax.tree.map(lambda spec, entry, x: self.cut(x, spec, entry), specs, entries, data.operands, is_leaf=lambda x: isinstance(x, Spec))
+        query = partial(self.cut, spec=Spec(True, True, True, True, False, False))
+        key = partial(self.cut, spec=Spec(True, True, False, False, True, False))
+        (bq, bk, _), (q_pos, k_pos) = self.tiling, (data.query_positions, data.key_positions)
+        q_pos, k_pos = (widen(x, 1, -x.shape[1] % n, constant_values=-1) for x, n in ((q_pos, bq), (k_pos, bk)))
+        return Cut(query(data.query[..., None, :]), key(data.key[:, :, None, None]), None if data.value is None else key(data.value[:, :, None, None]), operands,
+                   self.cut(q_pos[:, None, None, :, None], Spec(q_pos.shape[0] > 1, False, False, True, False, False)),
+                   self.cut(k_pos[:, None, None, None, :], Spec(k_pos.shape[0] > 1, False, False, False, True, False)),
+                   jax.tree.map(lambda x: query(x[..., None, :]), rows))
+
+    def _over_heads(self, function, arrays: Cut, place: Place, q, rows):
+        """``function(q, k, v, rows, at, blocks)`` of one head, on every head of a tile: a pytree of [C, group, ...]."""
+        ...
+'''

@@ -1,0 +1,66 @@
+"""Compiles attention and its gradient for a v5e on a machine without one; prints a JSON line. Run by test_flash_tpu.py, and by hand."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import attnx
+from attnx import masks, scores, weights
+from attnx.core import fused, operations
+from attnx.core.attention import prepare
+
+DEVICE = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+
+
+def gap(s, at, row, column):
+    return s + row - column
+
+
+def run(executor, data, cotangents):
+    """Output and gradients in the layout of the kernels."""
+    result, pull = jax.vjp(partial(operations.output, executor), data)
+    return result, pull(cotangents)
+
+
+def compile_for_tpu(length, **parts):
+    """The compiled gradient of attention with these parts: 2 query heads on 1 key-value head of 128, bfloat16."""
+    q, k = jnp.zeros((1, length, 2, 128), jnp.bfloat16), jnp.zeros((1, length, 1, 128), jnp.bfloat16)
+    _, program, data = prepare(q, k, k[..., :64], **parts)
+    with fused.forced(interpret=False):
+        executor = fused.choose_fused(program, data, (256, 256))
+    cotangents = jax.eval_shape(partial(operations.output, executor), data)
+    on_device = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(DEVICE)))
+    with jax.default_device(DEVICE):
+        return jax.jit(partial(run, executor)).trace(*on_device((data, cotangents))).lower(lowering_platforms=("tpu",)).compile()
+
+
+def main():
+    t = 512
+    ids = jnp.zeros((1, t), jnp.int32)
+    columns = scores.elementwise(gap, attnx.Operand(jnp.zeros((1, 2, t)), ("batch", "head", "query")), attnx.Operand(jnp.zeros((2, t)), ("head", "key")))
+    table = scores.t5_bias(jnp.zeros((32, 2)))
+    cases = {
+        "softmax, documents, column and offset operands": dict(mask=masks.documents(ids) & masks.causal(), scores=(columns, table)),
+        "softpick, documents, column and offset operands, dropout": dict(
+            weights=weights.softpick(), mask=masks.documents(ids), scores=(columns, table, scores.alibi(2)), dropout_rate=0.1, dropout_key=jax.random.key(0)),
+        "sigmoid, bias, boolean mask": dict(weights=weights.sigmoid(), mask=masks.explicit(jnp.ones((t, t), bool)), scores=scores.bias(jnp.zeros((2, t, t)))),
+        "entmax, soft cap": dict(weights=weights.entmax15(), scores=scores.soft_cap(jnp.float32(30))),
+        "odd lengths, given positions": dict(length=500, mask=masks.causal(), query_positions=jnp.arange(500), key_positions=jnp.arange(500)),
+    }
+    errors, temporary = {}, []
+    for name, parts in cases.items():
+        try:
+            compile_for_tpu(parts.pop("length", t), **parts)
+            errors[name] = None
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"[:2000]
+    for length in (1024, 4096):
+        temporary.append(compile_for_tpu(length, mask=masks.causal()).memory_analysis().temp_size_in_bytes)
+    print(json.dumps({"errors": errors, "temporary": temporary}))
+
+
+if __name__ == "__main__":
+    main()

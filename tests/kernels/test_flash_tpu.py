@@ -1,0 +1,152 @@
+"""The fused TPU kernels: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import agreement
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import attnx
+from attnx import masks, scores, weights
+from attnx.core import fused
+from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, schedule, unpack
+from pallas_kernels.parts import Cover
+
+BATCH, QUERIES, KEYS, HEADS = 2, 200, 300, 4
+
+
+def gap(s, at, row, column):
+    return s + row - column
+
+
+def affine(s, at, numbers, features):
+    return s * numbers[..., 0] + features[..., 1]
+
+
+def normal(*shape, seed=7):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+def documents():
+    ids = [jnp.sort(jax.random.randint(jax.random.key(n), (BATCH, length), 0, 4)) for n, length in ((1, QUERIES), (2, KEYS))]
+    return masks.documents(*ids)
+
+
+def columns():
+    """A row operand by head, a column operand by head, and one by key-value head."""
+    by_head = attnx.Operand(normal(BATCH, HEADS, QUERIES), ("batch", "head", "query")), attnx.Operand(normal(HEADS, KEYS), ("head", "key"))
+    by_kv_head = attnx.Operand(normal(2, QUERIES), ("kv_head", "query")), attnx.Operand(normal(BATCH, KEYS), ("batch", "key"))
+    return scores.elementwise(gap, *by_head), scores.elementwise(gap, *by_kv_head)
+
+
+def features():
+    """Operands with a trailing axis: handed over whole, and by key."""
+    return scores.elementwise(affine, jnp.array([0.5, 2.0]), attnx.Operand(normal(KEYS, 2), ("key", None)))
+
+
+CASES = {
+    "softmax, documents, column and offset operands": lambda: dict(
+        mask=documents() & masks.causal(), scores=(*columns(), scores.t5_bias(normal(32, HEADS), max_distance=20))),
+    "softpick, offset operand, slope, dropout": lambda: dict(
+        weights=weights.softpick(), mask=documents(), scores=(scores.t5_bias(normal(32, HEADS), max_distance=20), scores.alibi(normal(HEADS))),
+        dropout_rate=0.3, dropout_key=jax.random.key(5)),
+    "sink, temperature, biases, boolean mask": lambda: dict(
+        weights=weights.softmax(sink=jnp.arange(4.0), temperature=jnp.linspace(0.5, 2, QUERIES)), mask=masks.explicit(normal(HEADS, QUERIES, KEYS) > 0),
+        scores=(scores.bias(normal(HEADS, QUERIES, KEYS)), scores.bias(normal(BATCH, 1, QUERIES, KEYS)))),
+    "clipped softmax, features, given positions": lambda: dict(
+        weights=weights.clipped_softmax(), scores=(features(), scores.soft_cap(3.0)), mask=masks.sliding_window(150),
+        query_positions=jnp.arange(QUERIES)[::-1] + 50, key_positions=jnp.arange(KEYS).at[-1].set(-1)),
+    "entmax": lambda: dict(weights=weights.entmax15(), mask=masks.causal()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_definition(case, x64):
+    args = agreement.arrays(batch=BATCH, queries=QUERIES, keys=KEYS, heads=HEADS, kv_heads=2, size=16, value_size=24)
+    options = CASES[case]()
+    with fused.forced():
+        got = agreement.evaluate(*args, implementation="pallas", block_sizes=(128, 128), **options)
+    agreement.assert_agree(got, agreement.reference(*args, **options), 1e-10)
+
+
+def test_bfloat16_is_as_good_as_blockwise():
+    args = agreement.arrays(jnp.bfloat16, batch=1, queries=130, keys=130, heads=2, kv_heads=1, size=16, value_size=16)
+    exact = agreement.reference(*(x.astype(jnp.float32) for x in args), mask=masks.causal())
+    with fused.forced():
+        got = agreement.evaluate(*args, implementation="pallas", mask=masks.causal())
+    assert got["out"].dtype == jnp.bfloat16 and got["r"].dtype == jnp.float32
+    agreement.assert_agree(got, exact, 2e-2)
+
+
+def test_simulated_core_has_no_races():
+    """Memory spaces, copies and semaphores simulated; reading what was never written gives NaN."""
+    args = agreement.arrays(jnp.float32, batch=1, queries=200, keys=200, heads=2, kv_heads=1, size=8, value_size=8)
+    options = dict(mask=masks.causal(), scores=scores.bias(normal(200, 200).astype(jnp.float32)))
+    with fused.forced(pltpu.InterpretParams(detect_races=True)):
+        got = agreement.evaluate(*args, implementation="pallas", block_sizes=(128, 128), **options)
+    agreement.assert_agree(got, agreement.reference(*args, **options), 1e-5)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_schedule_lists_every_tile_once(by_key):
+    rng = np.random.default_rng(0)
+    some = rng.random((2, 1, 1, 5, 4)) < 0.5
+    some[0, :, :, 2] = False  # a row of tiles without any
+    every = some & (rng.random(some.shape) < 0.5)
+    listed = schedule(Cover(jnp.asarray(some), jnp.asarray(every)), by_key=by_key)
+    kinds = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))[:, 0, 0]
+    for steps, kind in zip(np.asarray(listed.steps)[:, 0], kinds.swapaxes(1, 2) if by_key else kinds):
+        at = jax.tree.map(np.asarray, unpack(steps))
+        visited = np.zeros_like(kind)
+        np.add.at(visited, (at.outer, at.inner), at.kind)
+        assert (visited == kind).all()
+        for block in range(kind.shape[0]):  # its steps are consecutive, and framed
+            (mine,) = np.nonzero((at.outer == block) & (at.first | at.last | (at.kind != EMPTY)))
+            assert (np.diff(mine) == 1).all() and len(mine) >= 1
+            assert at.first[mine].tolist() == [n == 0 for n in range(len(mine))] and at.last[mine].tolist() == [n == len(mine) - 1 for n in range(len(mine))]
+        assert (np.diff(at.outer) >= 0).all()
+
+
+def test_says_what_it_lacks():
+    x = jnp.ones((1, 4, 1, 8))
+    with pytest.raises(NotImplementedError, match="backend is 'cpu'"):
+        attnx.attention(x, x, x, implementation="pallas")
+    with fused.forced(), pytest.raises(NotImplementedError, match="powers of two"):
+        attnx.attention(x, x, x, implementation="pallas", block_sizes=(100, 128))
+    with fused.forced(), pytest.raises(NotImplementedError, match="consecutive positions"):
+        attnx.attention(x, x, x, implementation="pallas", scores=scores.t5_bias(jnp.zeros((32, 1))), query_positions=jnp.arange(4))
+
+
+@functools.cache
+def compiled():
+    """What :mod:`compile_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    script = pathlib.Path(__file__).with_name("compile_for_tpu.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
+
+
+@needs_compiler
+def test_compiles_for_v5e():
+    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+
+
+@needs_compiler
+def test_no_memory_beyond_results_and_residuals():
+    """What the compiled gradient allocates besides arguments and results does not grow with the sequence."""
+    short, long = compiled()["temporary"]
+    assert long <= short <= 2**19
