@@ -64,25 +64,24 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what it also writes to ``compare.json``."""
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "mechanisms", "smoke")}
     recipe = Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
-    claim(options.out / "options.json", given)
-    corpus = training.read(options.data)
-    train, held = corpus.split()
+    runs = [Run(options.out / _folder(name), name, recipe) for name in options.mechanisms]
+    train, held = training.read(options.data).split()
     spans = training.spans(held, LONGER * options.length, options.windows)
-    console.print(f"Training on {len(train.names)} files, {len(train.tokens) / 1e6:.1f} MB; held out: {len(held.names)} files, of which "
-                  f"{spans.valid.sum() / 1e3:.0f} kB are predicted.", highlight=False)
     if not spans.valid.all(axis=1).any():
         raise training.DataError(f"no held-out file has {LONGER * options.length} bytes; try a smaller --length or more text")
+    claim(options.out / "options.json", given)
+    console.print(f"Training on {len(train.names)} files, {len(train.tokens) / 1e6:.1f} MB; held out: {len(held.names)} files, of which "
+                  f"{spans.valid.sum() / 1e3:.0f} kB are predicted.", highlight=False)
     ngrams = [{"order": order, **_per_file(bits[spans.positions], spans)}
               for order, bits in enumerate(ngram_bits(train, held, max(_ORDERS))) if order in _ORDERS]
     work = options.steps * (1 + _OVERHEAD)
     with Meter(work * len(options.mechanisms), console) as meter:
-        results = [_measure(Run(options.out / _folder(name), name, recipe), train, spans, meter, index * work, console)
-                   for index, name in enumerate(options.mechanisms)]
+        results = [_measure(run, train, spans, meter, index * work, console) for index, run in enumerate(runs)]
     summary = {"text": {"training_files": len(train.names), "training_bytes": len(train.tokens), "held_out_files": len(held.names),
                         "predicted_bytes": int(spans.valid.sum())},
                "options": json.loads(json.dumps(given)), "ngrams": ngrams, "mechanisms": results}
     (options.out / "compare.json").write_text(json.dumps(summary, indent=2))
-    draw(summary, {name: training.Metrics(options.out / _folder(name) / "metrics.jsonl").read() for name in options.mechanisms},
+    draw(summary, {run.name: run.metrics.read() for run in runs},
          options.out / "compare.png")
     for result in results:
         console.rule(result["mechanism"], style="dim")
@@ -100,6 +99,7 @@ def _measure(run: Run, train: training.Corpus, spans: training.Spans, meter: Met
     if file.exists():
         meter.skip(before + steps * (1 + _OVERHEAD))
         return json.loads(file.read_text())
+    run.claim()
     meter.at(before, f"{run.name}: compiling")
     prepared = run.prepare()
     memory = prepared.step.memory_analysis()

@@ -65,12 +65,12 @@ class Run:
     """A recipe and a mechanism in a folder.
 
     Args:
-      folder: made where it is missing; where it is not, it has to be of the same run.
+      folder: of the run.
       name: of the mechanism, see :func:`experiments.mechanisms.mechanism`.
       recipe: the rest.
 
     Raises:
-      UsageError: for a folder of another run, or options that no model has.
+      UsageError: for options that no run can have.
     """
 
     def __init__(self, folder: str | os.PathLike, name: str, recipe: Recipe):
@@ -80,7 +80,6 @@ class Run:
             self.model = LanguageModel(recipe, mechanism(name, recipe.length), recipe.seed)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        claim(self.folder / "run.json", {"mechanism": name, **dataclasses.asdict(recipe)})
         self.metrics = training.Metrics(self.folder / "metrics.jsonl")
 
     @classmethod
@@ -95,6 +94,10 @@ class Run:
             return cls(folder, options.pop("mechanism"), Recipe(**options))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"no run in {folder}: expected a folder that `attnx train` or `attnx compare` made") from error
+
+    def claim(self) -> None:
+        """Makes the folder this run's, see :func:`claim`."""
+        claim(self.folder / "run.json", {"mechanism": self.name, **dataclasses.asdict(self.recipe)})
 
     def checkpoints(self) -> training.Checkpoints:
         """The checkpoints of the run."""

@@ -48,12 +48,13 @@ def main(program: str, arguments: Sequence[str]) -> int:
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
     console = Console(quiet=jax.process_index() != 0)
     mesh = _mesh(options)
-    train, held = training.read(options.data).split()
     run = Run(options.out, options.mechanism, recipe)
+    train, held = training.read(options.data).split()
     try:
         prepared = run.prepare(mesh)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    run.claim()
     with Meter(recipe.steps, console) as meter:
         def report(step, values):
             if values:

@@ -1,4 +1,4 @@
-"""The mathematics of one chunk of the recurrent engine, written once.
+"""The mathematics of a chunk of the recurrent engine, written once.
 
     S_t = exp(g_t) * S_(t-1) + k_t v_t^T,        o_t = q_t S_t
 
@@ -11,40 +11,42 @@ The usual factorisation exp(G_i - G_j) = exp(G_i) exp(-G_j), G = cumsum g, overf
 the decays between i and j to rounding (and is NaN once some g is -inf). Here no two sums are ever subtracted: each pair j < i is
 separated by the middle of exactly one dyadic block, and its exponent is the sum from j to that middle plus the sum from there to i. Both are sums
 of log-decays, at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
-costs no more than rounding, per head or per channel, and all work is matrix products: C^2 H / 2 multiplications, as many as half of q k^T.
+costs no more than rounding, per head or per channel, and all work is matrix products: C^2 H / 2 multiplications, half as many as q k^T.
 
-All functions take two-dimensional blocks, are plain ``jax.numpy`` and may be differentiated any number of times in both modes; the
-backward chunk is ``jax.vjp`` of :func:`chunk`.
+The functions take any number L of chunks (those of several heads, or the one of a kernel's program), are plain ``jax.numpy`` and may
+be differentiated any number of times in both modes; the backward chunk is ``jax.vjp`` of :func:`chunk`.
 """
 
 import jax.numpy as jnp
 
 
 def decayed_scores(query, key, log_decay):
-    """The scores of a chunk, <q_i * exp(g_(j+1) + ... + g_i), k_j> for j <= i and 0 otherwise, and the sums of g from and to its borders.
+    """The scores of chunks, <q_i * exp(g_(j+1) + ... + g_i), k_j> for j <= i and 0 otherwise, and the sums of g from and to their borders.
 
     Args:
-      query, key: [C, H], C a power of two.
-      log_decay: g [C, H], or [C, 1] with H = 1.
+      query: [L, G, C, H], C a power of two.
+      key, log_decay: [L, C, H].
 
     Returns:
-      ``(scores [C, C], since [C, H], until [C, H])``: ``since_i = g_1 + ... + g_i`` is what a state that arrives has lost by token i,
-      ``until_i = g_(i+1) + ... + g_C`` what the contribution of token i loses until the end of the chunk.
+      ``(scores [L, G, C, C], since [L, C, H], until [L, C, H])``: ``since_i = g_1 + ... + g_i`` is what a state that arrives has lost by
+      token i, ``until_i = g_(i+1) + ... + g_C`` what the contribution of token i loses until the end of the chunk.
     """
+    size, heads = query.shape[2:]
     # Blocks of 1, 2, 4, ... tokens, [blocks, tokens, .]: those of one size are joined in pairs to those of the next.
-    scores = jnp.sum(query * key, axis=1)[:, None, None]
-    query, key, since = query[:, None], key[:, None], log_decay[:, None]
+    scores = jnp.einsum("lgch,lch->lcg", query, key).reshape(-1, query.shape[1], 1, 1)
+    query = jnp.moveaxis(query, 1, 2).reshape(-1, 1, query.shape[1], heads)
+    key, since = key.reshape(-1, 1, heads), log_decay.reshape(-1, 1, heads)
     until = jnp.zeros_like(since)
-    while query.shape[0] > 1:
-        across = jnp.einsum("nih,njh->nij", query[1::2] * jnp.exp(since[1::2]), key[::2] * jnp.exp(until[::2]))
-        upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=2)
-        lower = jnp.concatenate([across, scores[1::2]], axis=2)
-        scores = jnp.concatenate([upper, lower], axis=1)
+    while key.shape[1] < size:
+        across = jnp.einsum("nigh,njh->ngij", query[1::2] * jnp.exp(since[1::2])[:, :, None], key[::2] * jnp.exp(until[::2]))
+        upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=3)
+        lower = jnp.concatenate([across, scores[1::2]], axis=3)
+        scores = jnp.concatenate([upper, lower], axis=2)
         total = since[:, -1:]
         since = jnp.concatenate([since[::2], since[1::2] + total[::2]], axis=1)
         until = jnp.concatenate([until[::2] + total[1::2], until[1::2]], axis=1)
-        query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], x.shape[2]) for x in (query, key))
-    return scores[0], since[0], until[0]
+        query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:]) for x in (query, key))
+    return scores, since, until
 
 
 def chunk(query, key, value, log_decay):
@@ -53,19 +55,22 @@ def chunk(query, key, value, log_decay):
         o = out + query S,        S <- keep * S + added
 
     Args:
-      query, key: [C, H], C a power of two.
-      value: [C, Hv].
-      log_decay: None (no decay), [C, 1] (one decay for the head) or [C, H] (one for each channel of the key); at most 0, -inf allowed.
+      query: [L, G, C, H], the queries of G heads on the same state; C a power of two.
+      key, value: [L, C, H], [L, C, Hv].
+      log_decay: None (no decay), [L, C, 1] (one decay for the head) or [L, C, H] (one for each channel of the key); at most 0, -inf allowed.
 
     Returns:
-      ``out`` [C, Hv], the outputs without the state; ``query`` [C, H], decayed; ``keep`` [1 or H, 1], None without decay; ``added`` [H, Hv].
+      ``out`` [L, G, C, Hv], the outputs without the state; ``query``, decayed; ``keep`` [L, 1 or H, 1], None without decay;
+      ``added`` [L, H, Hv].
     """
     if log_decay is None:
-        return jnp.tril(query @ key.T) @ value, query, None, key.T @ value
-    if log_decay.shape[1] == query.shape[1]:
+        scores = jnp.tril(jnp.einsum("lgih,ljh->lgij", query, key))
+        return jnp.einsum("lgij,ljv->lgiv", scores, value), query, None, jnp.einsum("ljh,ljv->lhv", key, value)
+    if log_decay.shape[2] == key.shape[2]:
         scores, since, until = decayed_scores(query, key, log_decay)
     else:
         one = jnp.ones_like(log_decay)
-        decay, since, until = decayed_scores(one, one, log_decay)
-        scores = decay * (query @ key.T)
-    return scores @ value, query * jnp.exp(since), jnp.exp(since[-1])[:, None], (key * jnp.exp(until)).T @ value
+        decay, since, until = decayed_scores(one[:, None], one, log_decay)
+        scores = decay * jnp.einsum("lgih,ljh->lgij", query, key)
+    added = jnp.einsum("ljh,ljv->lhv", key * jnp.exp(until), value)
+    return jnp.einsum("lgij,ljv->lgiv", scores, value), query * jnp.exp(since)[:, None], jnp.exp(since[:, -1])[..., None], added

@@ -61,7 +61,7 @@ def attention(
         :func:`attnx.ring_attention`); None picks the best that serves the call.
       return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
         -inf for rows that attend to nothing. Exponential weights only.
-      block_sizes: (queries, keys) of a tile in "blockwise"; chosen by default.
+      block_sizes: (queries, keys) of a tile in "blockwise", "ring" and "pallas" (there powers of two from 128); chosen by default.
       hooks: ``{stage: (value, at) -> value}`` on the materialised 'scores' or 'weights' [B, N, T, S]; they force "reference". ``at`` holds
         integer arrays that broadcast against the value.
 

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, Real
 
 from attnx.core.checks import check_integer, check_integers, describe
+from attnx.core.compat import vary, varying_axes
 from pallas_kernels.tile import accumulator_dtype
 
 # The coefficients of an average: one for each channel and dimension, or one for all.
@@ -79,7 +80,8 @@ def _direct(x, kernel, segments, present):
         return None, jnp.sum(kernel * seen(t, taps, of), axis=0)
 
     if taps <= length:
-        return lax.scan(tap, jnp.zeros_like(x[:length]), (jnp.arange(taps), kernel), unroll=taps <= 8)[0]
+        empty = vary(jnp.zeros_like(x[:length]), varying_axes(x, kernel))
+        return lax.scan(tap, empty, (jnp.arange(taps), kernel), unroll=taps <= 8)[0]
     return lax.scan(output, None, (jnp.arange(length), here), unroll=length <= 8)[1]
 
 

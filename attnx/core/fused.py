@@ -95,8 +95,10 @@ def choose_fused(program: Program, data: Data, block_sizes=None) -> Fused:
     if any(spec.offset for spec in specs) and not program.contiguous:
         raise NotImplementedError("implementation='pallas': offset tables (relative position biases) need consecutive positions; "
                                   "leave out query_positions and key_positions, or use 'blockwise'")
-    if interpret is False and data.query.dtype == jnp.float64:
-        raise NotImplementedError("implementation='pallas': TPU kernels have no float64; use 'blockwise'")
+    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
+    if data.value is not None and data.value.shape[-1] == 1:
+        raise NotImplementedError("implementation='pallas': values of size 1 are no matrix to the kernels; use 'blockwise'")
     sizes = [min(512, _power(n)) for n in (program.sizes.queries, program.sizes.keys)] if block_sizes is None else block_sizes
     for n in sizes:
         if n != _power(n):

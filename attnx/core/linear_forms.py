@@ -68,24 +68,31 @@ def recurrent(query, key, value, log_decay, state, *, features):
 
 def _slab(state, tokens, *, size, features):
     """``(state, out)`` of one slab of tokens [B t, ...]: all its chunks at once, then the states that pass between them."""
+    b, m = state.shape[:2]
     *tokens, log_decay = tokens
     q, k, v = _prepare(*tokens, features, state)
-    b = state.shape[0]
+    chunks = q.shape[0] // (b * size)
 
-    def cut(x):  # [B, M, chunks, size, ...]
-        return jnp.moveaxis(x.reshape(b, x.shape[0] // (b * size), size, *x.shape[1:]), 3, 1)
+    # Chunks and heads as one axis, the batch by vmap: arrays of few axes (XLA on CPU has crashed on products of many), and
+    # axes that may be sharded, the batch and the heads, stay in front.
+    def cut(x):  # [B, M chunks, size, ...]
+        return jnp.moveaxis(x.reshape(b, chunks, size, *x.shape[1:]), 3, 1).reshape(b, m * chunks, size, *x.shape[2:])
 
-    tile = jax.vmap(linear_tile.chunk, in_axes=(1, None, None, None), out_axes=(0, 0, None, None))
-    tile = jax.vmap(jax.vmap(jax.vmap(tile)))
-    out, q, *change = tile(*jax.tree.map(cut, (q, k, v, log_decay)))
+    q, k, v, log_decay = jax.tree.map(cut, (q, k, v, log_decay))
+    out, q, *change = jax.vmap(linear_tile.chunk)(jnp.moveaxis(q, 3, 2), k, v, log_decay)
 
     def carry(state, change):
         keep, added = change
         return (state if keep is None else keep * state) + added, state
 
-    state, arriving = lax.scan(carry, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), change), unroll=True)
-    out = out + jnp.einsum("bmcgih,cbmhv->bmcgiv", q, arriving)
-    return state, jnp.moveaxis(out, (1, 3), (3, 4)).reshape(*tokens[0].shape[:2], v.shape[-1])
+    def by_chunk(x):
+        return jnp.moveaxis(x.reshape(b, m, chunks, *x.shape[2:]), 2, 0)
+
+    state, arriving = lax.scan(carry, state, jax.tree.map(by_chunk, change), unroll=True)
+    arriving = jnp.moveaxis(arriving, 0, 2).reshape(b, m * chunks, *state.shape[2:])
+    out = out + jnp.einsum("blgih,blhv->blgiv", q, arriving)
+    out = jnp.moveaxis(out.reshape(b, m, chunks, *out.shape[2:]), (1, 3), (3, 4))
+    return state, out.reshape(*tokens[0].shape[:2], v.shape[-1])
 
 
 def chunked(query, key, value, log_decay, state, *, features, chunk_size):

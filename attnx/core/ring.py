@@ -181,10 +181,10 @@ class Ring:
 
             b, k, g, t, _ = data.query.shape
             whole = lambda x: jnp.broadcast_to(x[:1], (t, x.shape[-1]))
-            start = jax.vmap(jax.vmap(jax.vmap(lambda r: jax.tree.map(whole, init(jax.tree.map(lambda x: x[: self.tiling.bq], r))))))
-            carry = start((jnp.zeros((b, k, g, t, 1)), rows))
+            each_head = lambda function: jax.vmap(jax.vmap(jax.vmap(function)))
+            carry = each_head(lambda _: jax.tree.map(whole, init(None)))(jnp.zeros((b, k, g)))
             carry, _ = lax.fori_loop(0, self.steps, turn, (carry, moving))
-            return jax.tree.map(lambda x: self._deal(x, 3, back=True), finish(carry))
+            return jax.tree.map(lambda x: self._deal(x, 3, back=True), each_head(finish)(carry))
 
         t = data.query.shape[3]
         out = self._run(local, data, rows, lambda specs, _: specs.query)

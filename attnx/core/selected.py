@@ -7,9 +7,7 @@ query blocks and some of their key blocks make one tile, whose mathematics is th
 weights and their gradients are the same. Gradients of keys are scattered back.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from attnx.core import checks, operations
 from attnx.core.attention import attention, prepare, sink_of, with_sink
-from attnx.core.compat import vary, varying_axes
-from attnx.core.program import Data, Program, partition, unbind_output
+from attnx.core.program import Data, Program, unbind_output
+from attnx.core.selected_gathered import Chosen, Extra, Selected
 from attnx.core.tiling import Tiling, widen
-from pallas_kernels import tile
-from pallas_kernels.parts import At, Blocks, Mask, Operand, Score, Softmax, Spec, Weights, part, static
+from pallas_kernels.parts import Mask, Score, Softmax, Weights
 
 IMPLEMENTATIONS = ("reference", "gathered", "pallas")
 
@@ -90,7 +87,7 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     indices, block_scores = _check_table(indices, block_scores, query, key, bq)
     materialise = implementation == "reference" or 0 in (*query.shape[:3], key.shape[1])
     chosen, extra = _table((bq, bk), query.shape[1], key.shape[1], materialise, indices, block_scores)
-    parts = dict(scores=scores if extra is None else (*scores, _Extra(extra, materialise)), mask=_Chosen(chosen, materialise) & mask, weights=weights,
+    parts = dict(scores=scores if extra is None else (*scores, Extra(extra, materialise)), mask=Chosen(chosen, materialise) & mask, weights=weights,
                  scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if materialise:
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)
@@ -137,195 +134,12 @@ def _table(block_sizes, queries, keys, materialise, indices, block_scores):
     return dense(indices, -1), None if extra is None else dense(extra, 0)
 
 
-# The selection as parts, so that a tile reads one number a key. Materialised they are arrays like any; the gathered execution reads them by table entry.
+def choose(program: Program, bq: int, bk: int) -> Selected:
+    """The execution of a call, its tiles sized by what was fastest at its shape class."""
+    entries = program.specs.mask[0]
+    return Selected(program, Tiling(bq, bk, 1), 1, max(1, 1024 // bk))
 
 
-def _axes(array, sizes, materialised):
-    return ("batch", "head" if array.shape[1] in (1, sizes.heads) else "kv_head", *(("query", "key") if materialised else (None, None)))
-
-
-@part
-class _Chosen(Mask):
-    """Pairs in chosen blocks. Always the first of the masks."""
-
-    table: Any
-    materialised: bool = static(default=False)
-
-    def operands(self, sizes):
-        return (Operand(self.table, _axes(self.table, sizes, self.materialised)),)
-
-    def tile(self, at, chosen):
-        return chosen >= 0
-
-
-@part
-class _Extra(Score):
-    """The scores of blocks. Always the last of the scores."""
-
-    scores: Any
-    materialised: bool = static(default=False)
-
-    def operands(self, sizes):
-        return (Operand(self.scores, _axes(self.scores, sizes, self.materialised)),)
-
-    def tile(self, s, at, extra):
-        return s + extra.astype(s.dtype)
-
-
-# The gathered execution ---------------------------------------------------------------------------------------------
-
-
-class _Layout(NamedTuple):
-    """How an operand in blocks varies; an ``entry`` operand has a column for each entry of the table rather than for each key."""
-
-    spec: Spec
-    entry: bool = False
-
-
-_QUERY = _Layout(Spec(True, True, True, True, False, False))
-_KEY = _Layout(Spec(True, True, False, False, True, False))
-
-
-class _Place(NamedTuple):
-    """C query blocks, and a slab of m key blocks of each: indices [C, 1] and [C, m]."""
-
-    batch: Any
-    kv_head: Any
-    lane: Any  # the query head of the group where each chooses for itself, else 0
-    block: Any
-    entry: Any  # of the table
-    chosen: Any  # the key block there
-
-
-@dataclasses.dataclass(frozen=True)
-class Selected:
-    """Executes a program whose first mask is the table, gathering the chosen blocks; static and hashable.
-
-    Arrays are kept in blocks, [batch, kv_head, lane, query block, key block, group, rows, columns, *None axes], so that a tile is one gather on the
-    leading axes and its gradient one scatter. Where the query heads of a group choose for themselves they are lanes, else they share a tile.
-    """
-
-    program: Program
-    tiling: Tiling
-    blocks: int  # query blocks in a tile
-    entries: int  # key blocks of each in a tile
-
-    def maximum(self, x):
-        """The largest entry."""
-        return jnp.max(x, initial=0)
-
-    def stored(self, x):
-        """A result as it is kept: in the accumulator's dtype."""
-        return x
-
-    @property
-    def lanes(self) -> int:
-        """How many query heads of a group choose for themselves."""
-        sizes = self.program.sizes
-        return sizes.heads // sizes.kv_heads if self.program.specs.mask[0].group else 1
-
-    def _layouts(self) -> Blocks:
-        """The layouts of the operands."""
-        specs = self.program.specs
-        layouts = jax.tree.map(_Layout, specs, is_leaf=lambda x: isinstance(x, Spec))
-        entry = lambda layout: _Layout(layout.spec._replace(query=True, key=True), True)
-        scores, mask = layouts.scores, (entry(layouts.mask[0]), *layouts.mask[1:])
-        if self.program.parts.scores and isinstance(self.program.parts.scores[-1], _Extra):
-            scores = (*scores[:-1], (entry(scores[-1][0]),))
-        return layouts._replace(scores=scores, mask=mask)
-
-    def _grouped(self, layout):
-        return layout.spec.group and self.lanes == 1
-
-    def _cut(self, x, layout: _Layout):
-        """A canonical operand in blocks; an offset table as [batch, kv_head, lane, offset, group]. Linear, so its transpose puts gradients together."""
-        spec, (bq, bk, _) = layout.spec, self.tiling
-        lanes = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
-        if spec.offset:
-            return jnp.moveaxis(x.reshape(*x.shape[:2], *lanes, -1), 3, 4)
-        if layout.entry:
-            x = widen(x, 6, -x.shape[6] % self.entries, constant_values=-1)
-            return x.reshape(*x.shape[:2], *lanes[:1], *x.shape[5:], 1, 1, 1)
-        x = widen(x, 3, -x.shape[3] % bq, "edge") if spec.query else x
-        x = widen(x, 4, -x.shape[4] % bk, "edge") if spec.key else x
-        rows, columns = bq if spec.query else 1, bk if spec.key else 1
-        x = x.reshape(*x.shape[:2], *lanes, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
-        return x.transpose(0, 1, 2, 4, 6, 3, 5, 7, *range(8, x.ndim))
-
-    def _index(self, layout: _Layout, place: _Place, at: At):
-        """Where the blocks of a place lie in a cut operand: arrays that broadcast to [C, 1 or m], or [C, rows, keys] for an offset table."""
-        spec, zero = layout.spec, jnp.zeros_like(place.batch)
-        lead = [x if varies else zero for x, varies in zip(place, (spec.batch, spec.kv, spec.group and self.lanes > 1))]
-        if spec.offset:
-            low, high = self.program.sizes.offsets
-            return *(x[:, :, None] for x in lead), jnp.clip(at.key - at.query, low, high) - low
-        column = (place.entry if layout.entry else place.chosen) if spec.key else zero
-        return *lead, place.block if spec.query else zero, column
-
-    def _read(self, x, layout: _Layout, place: _Place, at: At | None = None):
-        """The blocks of a cut operand at a place: [C, group, rows, keys, *None axes]."""
-        block = x.at[self._index(layout, place, at)].get(mode="promise_in_bounds")
-        if layout.spec.offset:
-            return jnp.moveaxis(block, -1, 1)
-        if not layout.spec.key:
-            return block[:, 0]
-        block = jnp.moveaxis(jnp.broadcast_to(block, (*block.shape[:4], self.tiling.bk, *block.shape[5:])), 1, 3)
-        return block.reshape(*block.shape[:3], -1, *block.shape[5:])
-
-    def _add(self, total, block, layout: _Layout, place: _Place, at: At | None = None):
-        """Adds the gradient of what :meth:`_read` returned, but for every head of the tile, to that of the cut operand."""
-        block = block if self._grouped(layout) else block.sum(1, keepdims=True)
-        if layout.spec.offset:
-            block = jnp.moveaxis(block, 1, -1)
-        elif layout.spec.key:
-            block = jnp.moveaxis(block.reshape(*block.shape[:3], -1, self.tiling.bk, *block.shape[4:]), 3, 1)
-            block = block.sum(4, keepdims=True) if layout.entry else block
-        else:
-            block = block[:, None]
-        return total.at[self._index(layout, place, at)].add(block, mode="promise_in_bounds")
-
-    def _over_heads(self, function):
-        """Vectorises ``function(q, k, v, rows, at, blocks)`` of one head over the query blocks of a tile and over the heads that share it."""
-        layouts = self._layouts()
-        is_layout = lambda x: isinstance(x, _Layout)
-        axes = jax.tree.map(lambda layout: 0 if self._grouped(layout) else None, layouts, is_leaf=is_layout)
-        heads = jax.vmap(jax.vmap(function, in_axes=(0, None, None, 0, At(None, 0, None, None), axes)))
-
-        def run(q, k, v, rows, at, blocks):
-            blocks = jax.tree.map(lambda layout, x: x if self._grouped(layout) else x[:, 0], layouts, blocks, is_leaf=is_layout)
-            return heads(q, k, v, rows, at, blocks)
-
-        return run
-
-    def _sweep(self, data: Data, rows, total, init, visit, finish, *, differentiable: bool = False):
-        """Visits the tiles of every query block, some query blocks at a time.
-
-        Args:
-          data, rows: as in the folds.
-          total: a pytree that every visit updates.
-          init: ``init(rows of the tile) -> carry``, for query blocks: pytrees of [C, group, bq, X].
-          visit: ``visit(total, carry, tile arguments, place) -> (total, carry)``.
-          finish: ``finish(carry) -> results``.
-
-        Returns the total and the results as [B, K, G, T, X].
-        """
-        (bq, bk, _), m, lanes = self.tiling, self.entries, self.lanes
-        b, k, g, t, _ = data.query.shape
-        nq = -(-t // bq)
-        layouts = self._layouts()
-        cut_rows = lambda tree: jax.tree.map(lambda x: self._cut(x[..., None, :], _QUERY), tree)
-        query, key, value, operands, rows = cut_rows(data.query), *self._cut_keys(data), self._cut_operands(data), cut_rows(rows)
-        positions = lambda x, axes, block: widen(x, 1, -x.shape[1] % block, constant_values=-1).reshape(x.shape[0], *axes)
-        at_query = _Layout(Spec(data.query_positions.shape[0] > 1, False, False, True, False, False))
-        at_key = _Layout(Spec(data.key_positions.shape[0] > 1, False, False, False, True, False))
-        query_positions = self._cut(positions(data.query_positions, (1, 1, -1, 1), bq), at_query)
-        key_positions = self._cut(positions(data.key_positions, (1, 1, 1, -1), bk), at_key)
-        count = b * k * lanes * nq
-
-        def chunk(total, n):
-            place = _Place(*(x[:, None] for x in jnp.unravel_index(jnp.minimum(n, count - 1), (b, k, lanes, nq))), None, None)
-            row = lambda x: self._read(x, _QUERY, place)[:, :, :, 0]
-            q, mine = row(query), jax.tree.map(row, rows)
-            at = At(data.origin[0] + place.batch[:, 0], (data.origin[1] + place.kv_head) * g + (place.lane if lanes > 1 else jnp.arange(g, dtype=jnp.int32)),
-                    jnp.where((n < count)[:, None, None], self._read(query_positions, at_query, place)[:, 0], -1), None)
-            table = operands.mask[0].at[self._index(layouts.mask[0]._replace(spec=...), place, at)]
+@partial(jax.jit, static_argnums=0)
+def _execute(executor: Selected, data: Data, sink):
+    return with_sink(operations.output(executor, data), sink)

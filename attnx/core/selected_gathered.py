@@ -122,7 +122,7 @@ class Blocked:
             block = jnp.moveaxis(block, 1, -1)
         elif self.layout.spec.key:
             block = jnp.moveaxis(block.reshape(*block.shape[:3], -1, self.layout.bk, *block.shape[4:]), 3, 1)
-            block = block.sum(5, keepdims=True) if self.layout.entry else block
+            block = block.sum(4, keepdims=True) if self.layout.entry else block
         else:
             block = block[:, None]
         return dataclasses.replace(self, array=self.array.at[self._index(place)].add(block, mode="promise_in_bounds"))
@@ -138,6 +138,11 @@ class Cut(NamedTuple):
     query_positions: Any
     key_positions: Any
     rows: Any
+
+
+def is_blocked(x):
+    """Where a tree of :class:`Blocked` ends."""
+    return isinstance(x, Blocked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +198,104 @@ class Selected:
                    self.cut(k_pos[:, None, None, None, :], Spec(k_pos.shape[0] > 1, False, False, False, True, False)),
                    jax.tree.map(lambda x: query(x[..., None, :]), rows))
 
-    def _over_heads(self, function, arrays: Cut, place: Place, q, rows):
-        """``function(q, k, v, rows, at, blocks)`` of one head, on every head of a tile: a pytree of [C, group, ...]."""
-        ...
-'''
+    def _sweep(self, data: Data, rows, total, init, visit, finish, differentiable=False):
+        """Folds the slabs of every query block, C query blocks at a time.
+
+        Args:
+          data, rows: as in the folds.
+          total: what every visit updates.
+          init: ``init(rows of one head) -> carry``, a pytree of [bq, X].
+          visit: ``visit(total, carry, place, on_heads, q, k, v, rows, blocks) -> (total, carry)``, where all but the place and the total have leading axes
+            [C, group] or, what the heads of a tile share, [C], over which ``on_heads(function)`` vectorises ``function(q, k, v, rows, at, blocks)``.
+          finish: ``finish(carry) -> result``, of one head as well.
+
+        Returns the total and the results as [B, K, G, T, X].
+        """
+        b, k, g, t, _ = data.query.shape
+        cut, m, lanes = self._cut(data, rows), self.entries, self.lanes
+        nq = -(-t // self.tiling.bq)
+        count, heads = b * k * lanes * nq, g // lanes
+        table = cut.operands.mask[0]
+        axes = jax.tree.map(lambda x: 0 if x.grouped else None, cut.operands, is_leaf=is_blocked)
+        over_heads = lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None, None, 0, At(None, 0, None, None), axes)))
+        each_head = lambda f: jax.vmap(jax.vmap(f))
+
+        def chunk(total, n):
+            index = [x[:, None] for x in jnp.unravel_index(jnp.minimum(n, count - 1), (b, k, lanes, nq))]
+            head = (data.origin[1] + index[1]) * g + index[2] + jnp.arange(heads, dtype=jnp.int32)
+            here = Place(*index, jnp.arange(table.array.shape[4])[None], None, At(data.origin[0] + index[0][:, 0], head, None, None))
+            query_positions = jnp.where((n < count)[:, None, None], cut.query_positions.read(here)[:, 0], -1)
+            here = here._replace(at=here.at._replace(query=query_positions))
+            row = lambda x: x.read(here)[:, :, :, 0]
+            q, mine = row(cut.query), jax.tree.map(row, cut.rows, is_leaf=is_blocked)
+            chosen = table.blocks(here).reshape(len(n), -1)
+
+            def step(slab, state):
+                entry = slab * m + jnp.arange(m, dtype=jnp.int32)[None]
+                place = here._replace(entry=entry, chosen=jnp.maximum(lax.dynamic_slice_in_dim(chosen, slab * m, m, 1), 0))
+                place = place._replace(at=place.at._replace(key=cut.key_positions.read(place)[:, 0]))
+                column = lambda x: x.read(place)[:, 0, 0]
+                v = None if cut.value is None else column(cut.value)
+                blocks = jax.tree.map(lambda x: x.read(place) if x.grouped else x.read(place)[:, 0], cut.operands, is_leaf=is_blocked)
+                return visit(*state, place, over_heads, q, column(cut.key), v, mine, blocks)
+
+            state = total, each_head(lambda _, rows: init(rows))(jnp.zeros((len(n), heads)), mine)
+            slabs = chosen.shape[1] // m
+            if differentiable:
+                state, _ = lax.scan(jax.checkpoint(lambda state, slab: (step(slab, state), None)), state, jnp.arange(slabs, dtype=jnp.int32))
+            else:  # the entries of a row that are not -1 come first
+                most = jnp.max((chosen >= 0).sum(1))
+                state = lax.fori_loop(0, (most + m - 1) // m, step, state)
+            total, carry = state
+            return total, each_head(finish)(carry)
+
+        chunks = -(-count // self.blocks)
+        n = jnp.arange(chunks * self.blocks, dtype=jnp.int32).reshape(chunks, self.blocks)
+        total, results = lax.scan(jax.checkpoint(chunk) if differentiable else chunk, total, n)
+
+        def join(x):
+            x = x.reshape(-1, *x.shape[2:])[:count].reshape(b, k, lanes, nq, heads, *x.shape[3:])
+            return jnp.moveaxis(x, 4, 3).reshape(b, k, g, -1, x.shape[-1])[:, :, :, :t]
+
+        return total, jax.tree.map(join, results)
+
+    def fold_rows(self, data: Data, init, body, finish, rows=(), *, differentiable: bool = False):
+        """As :meth:`attnx.core.blockwise.Blockwise.fold_rows`, over the chosen keys of every query."""
+        axes = varying_axes(data, rows)
+        data, rows = vary((data, rows), axes)
+
+        def visit(total, carry, place, over_heads, q, k, v, rows, blocks):
+            one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, data.seed, True)
+            return total, over_heads(one)(q, k, v, (carry, rows), place.at, blocks)
+
+        return self._sweep(data, rows, (), lambda rows: vary(init(rows), axes), visit, finish, differentiable)[1]
+
+    def fold_keys(self, data: Data, body, rows, gradient_of):
+        """As :meth:`attnx.core.blockwise.Blockwise.fold_keys`; gradients of rows stay in a tile, all others are scattered."""
+        dtype = tile.accumulator_dtype(data.query.dtype)
+        axes = varying_axes(data, rows)
+        data, rows = vary((data, rows), axes)
+
+        operands, integers, rejoin = partition(data.operands)
+
+        def views(key, value, operands):
+            cut = self._cut(data._replace(key=key, value=value, operands=rejoin(operands, integers)), ())
+            blocked = jax.tree.leaves(cut.operands, is_leaf=is_blocked)
+            return cut.key, cut.value, [x for x in blocked if jnp.issubdtype(x.array.dtype, jnp.inexact)]
+
+        def init(_):
+            return jax.tree.map(lambda x: vary(jnp.zeros((self.tiling.bq, x.shape[-1]), dtype), axes), (data.query, gradient_of))
+
+        def visit(total, carry, place, over_heads, q, k, v, rows, blocks):
+            one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, data.seed, True)
+            dq, dk, dv, drows, dblocks = over_heads(one)(q, k, v, rows, place.at, blocks)
+            key, value, operands = total
+            total = (key.add(place, dk[:, :, None]), None if dv is None else value.add(place, dv[:, :, None]),
+                     [x.add(place, dx) for x, dx in zip(operands, dblocks, strict=True)])
+            return total, jax.tree.map(jnp.add, carry, (dq, drows))
+
+        # Cutting is linear, so its transpose puts the gradients of blocks together.
+        cut, pull = jax.vjp(views, *jax.tree.map(lambda x: x.astype(dtype), (data.key, data.value, operands)))
+        total, (dq, drows) = self._sweep(data, rows, jax.tree.map(jnp.zeros_like, cut), init, visit, lambda carry: carry)
+        dk, dv, doperands = pull(total)
+        return dq, dk, dv, drows, doperands

@@ -62,7 +62,7 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     """Dropout of the embedding and of what each sub-layer adds."""
     unroll: int | bool = 1
-    """Layers written out in each iteration of the compiled scan: 1 compiles fastest, True (all) runs fastest."""
+    """Layers written out in each iteration of the compiled scan: 1 compiles fastest, True (all) trains fastest."""
     remat: str | None = None
     """What the backward pass recomputes: a name of jax.checkpoint_policies, or None for nothing."""
     dtype: Any = None
@@ -76,7 +76,7 @@ class TransformerConfig:
         gated = _ACTIVATIONS[self.mlp][1]
         return self.hidden_features or -(-self.features * (8 if gated else 12) // 96) * 32
 
-    def block(self, mechanism, cross_mechanism=None, *, rngs):
+    def block(self, mechanism, cross_mechanism=None, *, rngs: nnx.Rngs) -> nnx.Module:
         """One :class:`attnx.nn.TransformerBlock` of these sizes around a mechanism, and one for its context if it reads one."""
         # Each sub-layer adds to the residual stream; scaled so, the stream's variance does not grow with depth at the start.
         additions = (2 if cross_mechanism is None else 3) * self.num_layers

@@ -1,6 +1,9 @@
 """A decoder language model around any mechanism."""
 
-from attnx.models.transformer import Transformer
+from jaxtyping import Array, Float, Int
+
+from attnx.models.transformer import Transformer, TransformerState
+from attnx.nn.hooks import Hooks
 
 
 class Decoder(Transformer):
@@ -10,6 +13,7 @@ class Decoder(Transformer):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from attnx import masks, pairs
+      >>> from attnx.models import TransformerConfig
       >>> model = Decoder(TransformerConfig(features=32, num_layers=2), pairs(mask=masks.causal()), rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((1, 5), int)).shape
       (1, 5, 256)
@@ -20,11 +24,13 @@ class Decoder(Transformer):
       ((1, 1, 256), 4)
     """
 
-    def __call__(self, tokens, positions=None, segment_ids=None, **inputs):
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None,
+                 segment_ids: Int[Array, "B T"] | None = None, **inputs) -> Float[Array, "B T V"]:
         """[B, T] -> logits [B, T, V], at least float32; arguments as in :meth:`Transformer.hidden`."""
         return self.logits(self.hidden(tokens, positions, segment_ids, **inputs))
 
-    def step(self, state, tokens, *, hooks=None):
+    def step(self, state: TransformerState, tokens: Int[Array, "B t"], *,
+             hooks: Hooks | None = None) -> tuple[TransformerState, Float[Array, "B t V"]]:
         """Reads the next tokens.
 
         Args:

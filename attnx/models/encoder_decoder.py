@@ -1,13 +1,18 @@
 """A sequence-to-sequence transformer around any mechanisms."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from attnx.mechanism import Mechanism
 from attnx.models.config import TransformerConfig
 from attnx.models.decoder import Decoder
 from attnx.models.encoder import Encoder
+from attnx.models.transformer import TransformerState
+from attnx.nn.hooks import Hooks
 
 
 class EncoderDecoder(nnx.Module):
@@ -28,6 +33,7 @@ class EncoderDecoder(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from attnx import masks, pairs
+      >>> from attnx.models import TransformerConfig
       >>> everything = pairs()
       >>> model = EncoderDecoder(TransformerConfig(features=32, num_layers=2), pairs(mask=masks.causal()), encoder_mechanism=everything,
       ...                        cross_mechanism=everything, rngs=nnx.Rngs(0))
@@ -38,14 +44,16 @@ class EncoderDecoder(nnx.Module):
       >>> state, logits = model.step(state, target[:, :1])
     """
 
-    def __init__(self, config: TransformerConfig, mechanism, *, encoder_mechanism, cross_mechanism, num_encoder_layers=None,
-                 share_embedding=True, rngs):
+    def __init__(self, config: TransformerConfig, mechanism: Mechanism | Sequence[Mechanism], *, encoder_mechanism: Mechanism | Sequence[Mechanism],
+                 cross_mechanism: Mechanism, num_encoder_layers: int | None = None, share_embedding: bool = True, rngs: nnx.Rngs):
         encoder_config = dataclasses.replace(config, num_layers=num_encoder_layers or config.num_layers)
         self.encoder = Encoder(encoder_config, encoder_mechanism, rngs=rngs)
         self.decoder = Decoder(config, mechanism, cross_mechanism=cross_mechanism,
                                embedding=self.encoder.embedding if share_embedding else None, rngs=rngs)
 
-    def __call__(self, source, target, *, source_positions=None, target_positions=None, dropout_key=None, hooks=None):
+    def __call__(self, source: Int[Array, "B S"], target: Int[Array, "B T"], *, source_positions: Int[Array, "*B S"] | None = None,
+                 target_positions: Int[Array, "*B T"] | None = None, dropout_key: Array | None = None,
+                 hooks: Hooks | None = None) -> Float[Array, "B T V"]:
         """Logits of the token after each target token, given all before it and the source.
 
         Args:
@@ -63,7 +71,8 @@ class EncoderDecoder(nnx.Module):
         return self.decoder(target, target_positions, context=context, context_positions=source_positions, dropout_key=second,
                             hooks=hooks)
 
-    def init_state(self, source, max_length, *, source_positions=None, dtype=None):
+    def init_state(self, source: Int[Array, "B S"], max_length: int, *, source_positions: Int[Array, "*B S"] | None = None,
+                   dtype=None) -> TransformerState:
         """Encodes the source and returns the state of a decoder that has seen no target token.
 
         Args:
@@ -75,6 +84,7 @@ class EncoderDecoder(nnx.Module):
         return self.decoder.init_state(source.shape[0], max_length, context=self.encoder(source, source_positions),
                                        context_positions=source_positions, dtype=dtype)
 
-    def step(self, state, target, *, hooks=None):
+    def step(self, state: TransformerState, target: Int[Array, "B t"], *,
+             hooks: Hooks | None = None) -> tuple[TransformerState, Float[Array, "B t V"]]:
         """Reads the next target tokens [B, t]: ``(state, logits [B, t, V])``."""
         return self.decoder.step(state, target, hooks=hooks)

@@ -1,15 +1,19 @@
 """The trunk that encoders and decoders share: tokens to vectors, at once or step by step."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from attnx.mechanism import Mechanism
 from attnx.models.config import TransformerConfig
 from attnx.nn import Embedding, Stack, make_norm
 from attnx.nn.common import dropout
+from attnx.nn.hooks import Hooks
 
 
 class TransformerState(NamedTuple):
@@ -31,7 +35,8 @@ class Transformer(nnx.Module):
       rngs: the generator of initial values.
     """
 
-    def __init__(self, config: TransformerConfig, mechanism, *, cross_mechanism=None, embedding=None, rngs):
+    def __init__(self, config: TransformerConfig, mechanism: Mechanism | Sequence[Mechanism], *, cross_mechanism: Mechanism | None = None,
+                 embedding: Embedding | None = None, rngs: nnx.Rngs):
         mechanisms = mechanism if isinstance(mechanism, (tuple, list)) else (mechanism,)
         dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
         self.config = config
@@ -42,8 +47,9 @@ class Transformer(nnx.Module):
                             unroll=config.unroll, remat=config.remat, rngs=rngs)
         self.norm = make_norm(config.norm, config.features, **dtypes) if config.norm_position == "pre" else nnx.data(None)
 
-    def hidden(self, tokens, positions=None, segment_ids=None, *, context=None, context_positions=None, dropout_key=None,
-               hooks=None):
+    def hidden(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None, *,
+               context: Float[Array, "B S D"] | None = None, context_positions: Int[Array, "*B S"] | None = None,
+               dropout_key: Array | None = None, hooks: Hooks | None = None) -> Float[Array, "B T D"]:
         """The vectors of the last layer.
 
         Args:
@@ -66,11 +72,12 @@ class Transformer(nnx.Module):
                         dropout_key=dropout_key, hooks=hooks)
         return x if self.norm is None else self.norm(x)
 
-    def logits(self, hidden):
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of the vocabulary from the vectors of the last layer: [B, T, D] -> [B, T, V], at least float32."""
         return self.embedding.logits(hidden)
 
-    def init_state(self, batch, max_length, *, context=None, context_positions=None, dtype=None):
+    def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S D"] | None = None,
+                   context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> TransformerState:
         """The state of a model that has seen nothing.
 
         Args:
@@ -85,7 +92,8 @@ class Transformer(nnx.Module):
         return TransformerState(jnp.zeros((), jnp.int32), self.layers.init_state(
             batch, max_length, context=context, context_positions=context_positions, dtype=dtype))
 
-    def hidden_step(self, state, tokens, *, hooks=None):
+    def hidden_step(self, state: TransformerState, tokens: Int[Array, "B t"], *,
+                    hooks: Hooks | None = None) -> tuple[TransformerState, Float[Array, "B t D"]]:
         """The vectors of the last layer for the next tokens [B, t]: ``(state, [B, t, D])``."""
         positions = state.position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         layers, x = self.layers.step(state.layers, self.embedding(tokens, positions), hooks=hooks)

@@ -10,4 +10,5 @@ from attnx.nn.mlp import MLP
 from attnx.nn.norms import make_norm
 from attnx.nn.stack import Stack
 
-__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain", "logical_axes", "make_norm"]
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
+           "logical_axes", "make_norm"]

@@ -1,14 +1,17 @@
 """Multi-head attention around any mechanism: projections, positions, norms, gate, caches and hooks."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from attnx.mechanism import Mechanism
 from attnx.nn.common import check_sequence, constrain, logical_axes
 from attnx.nn.frozen import hold, release
-from attnx.nn.hooks import at_heads, bind_hooks, pair_hooks
+from attnx.nn.hooks import Hooks, at_heads, bind_hooks, pair_hooks
 from attnx.nn.norms import make_norm
 
 
@@ -31,14 +34,25 @@ class CrossState(NamedTuple):
 class Attention(nnx.Module):
     """Multi-head attention that is handed its mechanism.
 
-        q, k, v = x W_q, c W_k, c W_v        (c: the context, or x itself)
-        out     = concat_heads(gate(x) * mechanism(position(norm(q), norm(k)), v)) W_o
+    ::
+
+        q, k, v = x W_q, c W_k, c W_v                                      c: the context, or x itself
+        out     = sum over heads n of  (gate(x) * mechanism(position(norm(q), norm(k)), v))_n W_o,n
+
+    Self-attention where the call is given no context, cross-attention where it is; causal or not as the mechanism is. Costs
+    O(T D (N + K) H) and what the mechanism costs.
+
+    Sources: multi-head attention, Ashish Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762; shared key-value heads, Joshua
+    Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023, arXiv:2305.13245; query-key
+    norm, Mostafa Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023, arXiv:2302.05442; output gates, Zihan Qiu
+    et al., "Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free", 2025, arXiv:2505.06708.
 
     Args:
       features: D, size of the input.
       num_heads: N, query heads.
-      mechanism: how queries, keys and values become outputs: an :class:`attnx.mechanism.Mechanism` of any engine, or a
-        constructor ``(rngs=...) -> Mechanism`` for one that owns parameters.
+      mechanism: how queries, keys and values become outputs: an :class:`attnx.Mechanism` of any engine, or a constructor
+        ``(rngs=...) -> Mechanism`` for one that owns parameters (an ``nnx.Module`` whose methods build their parts from them). Arrays
+        inside a mechanism that is no module are kept, but not trained.
       head_size: H of queries and keys; by default ``features // num_heads``.
       value_size: Hv of values; by default H.
       num_kv_heads: K, key and value heads; a divisor of N, by default N. Grouped (K < N) or multi-query (K = 1) attention.
@@ -54,12 +68,31 @@ class Attention(nnx.Module):
       kernel_init, bias_init: initialisers of the projections.
       out_kernel_init: initialiser of the output projection; by default ``kernel_init``.
       rngs: the generator of initial values.
+
+    Raises:
+      ValueError, TypeError: an option of a wrong kind, named.
+
+    Example:
+      >>> import attnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnx.positions import Rotary
+      >>> causal = attnx.pairs(mask=attnx.masks.causal())
+      >>> layer = Attention(64, num_heads=8, num_kv_heads=2, mechanism=causal, position=Rotary(), rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((1, 10, 64))
+      >>> y = layer(x)
+      >>> state = layer.init_state(batch=1, max_length=10)
+      >>> state, first = layer.step(state, x[:, :9])  # prefill
+      >>> state, last = layer.step(state, x[:, 9:])  # decode
+      >>> bool(jnp.allclose(jnp.concatenate([first, last], axis=1), y, atol=1e-5))
+      True
     """
 
-    def __init__(self, features, num_heads, *, mechanism, head_size=None, value_size=None, num_kv_heads=None, context_features=None,
-                 out_features=None, position=None, qk_norm=None, output_gate=None, use_bias=False, dtype=None,
-                 param_dtype=jnp.float32, precision=None, kernel_init=nnx.initializers.lecun_normal(),
-                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs):
+    def __init__(self, features: int, num_heads: int, *, mechanism: Mechanism | Callable[..., Mechanism], head_size: int | None = None,
+                 value_size: int | None = None, num_kv_heads: int | None = None, context_features: int | None = None,
+                 out_features: int | None = None, position: Callable | None = None, qk_norm: str | Callable[..., nnx.Module] | None = None,
+                 output_gate: str | None = None, use_bias: bool = False, dtype=None, param_dtype=jnp.float32, precision=None,
+                 kernel_init=nnx.initializers.lecun_normal(), bias_init=nnx.initializers.zeros_init(), out_kernel_init=None,
+                 rngs: nnx.Rngs):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
@@ -71,7 +104,7 @@ class Attention(nnx.Module):
         self.features, self.num_heads, self.num_kv_heads = features, num_heads, num_kv_heads
         self.head_size, self.value_size = head_size, value_size
         self.context_features = context_features or features
-        self.dtype, self.param_dtype = dtype, param_dtype
+        self.dtype = dtype
 
         def project(inputs, outputs, axes, bias_axes, init=kernel_init, bias=use_bias, contract=-1):
             return nnx.LinearGeneral(inputs, outputs, axis=contract, use_bias=bias, dtype=dtype, param_dtype=param_dtype,
@@ -100,8 +133,9 @@ class Attention(nnx.Module):
             mechanism = mechanism(rngs=rngs)
         self.mechanism, self.position = hold(mechanism), hold(position)
 
-    def __call__(self, x, context=None, *, positions=None, context_positions=None, segment_ids=None, dropout_key=None,
-                 hooks=None, layer=0):
+    def __call__(self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None, *, positions: Int[Array, "*B T"] | None = None,
+                 context_positions: Int[Array, "*B S"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+                 dropout_key: Array | None = None, hooks: Hooks | None = None, layer=0) -> Float[Array, "B T E"]:
         """Attends from ``x`` to ``context``, or to itself.
 
         Args:
@@ -116,9 +150,15 @@ class Attention(nnx.Module):
 
         Returns:
           [B, T, out_features].
+
+        Raises:
+          ValueError: shapes that do not fit, hooks that do not exist, segment_ids with a context.
+          NotImplementedError: a hook on a stage that the mechanism does not have.
         """
         if context is None:
             context, context_positions = x, positions
+        elif segment_ids is not None:
+            raise ValueError("segment_ids: expected None with a context; mark padding by context_positions of -1")
         hooks = bind_hooks(hooks, layer)
         query, key, value, at = self._prepare(hooks, self._query(x), *self._key_value(context), positions, context_positions)
         mechanism = release(self.mechanism)
@@ -126,7 +166,8 @@ class Attention(nnx.Module):
                         segment_ids=segment_ids, dropout_key=dropout_key, **pair_hooks(mechanism, hooks))
         return self._finish(hooks, out, at, x)
 
-    def init_state(self, batch, max_length, *, context=None, context_positions=None, dtype=None):
+    def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S E"] | None = None,
+                   context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> SelfState | CrossState:
         """The state of a layer that has seen nothing, for :meth:`step`.
 
         Args:
@@ -142,11 +183,11 @@ class Attention(nnx.Module):
         start = jnp.zeros((), jnp.int32)
         if context is not None:
             return CrossState(start, *self._key_value(context), context_positions)
-        dtype = dtype or self.dtype or self.param_dtype
+        dtype = dtype or self.dtype or self.key.kernel.dtype
         return SelfState(start, release(self.mechanism).init(batch, max_length, self.num_kv_heads, self.head_size,
                                                              self.value_size, dtype))
 
-    def step(self, state, x, *, hooks=None, layer=0):
+    def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[Any, Float[Array, "B t E"]]:
         """Attends from the next tokens to all tokens so far, which it remembers, or to the context.
 
         Args:
@@ -158,15 +199,15 @@ class Attention(nnx.Module):
           ``(state, [B, t, out_features])``.
         """
         hooks, mechanism = bind_hooks(hooks, layer), release(self.mechanism)
-        pairs = pair_hooks(mechanism, hooks)
+        handed = pair_hooks(mechanism, hooks)
         query = self._query(x)
         positions = state.position + jnp.arange(x.shape[1], dtype=jnp.int32)
         if isinstance(state, CrossState):
             query, key, value, at = self._prepare(hooks, query, state.key, state.value, positions, state.key_positions)
-            out = mechanism(query, key, value, query_positions=positions, key_positions=state.key_positions, **pairs)
+            out = mechanism(query, key, value, query_positions=positions, key_positions=state.key_positions, **handed)
         else:
             query, key, value, at = self._prepare(hooks, query, *self._key_value(x), positions, positions)
-            inner, out = mechanism.step(state.mechanism, query, key, value, **pairs)
+            inner, out = mechanism.step(state.mechanism, query, key, value, **handed)
             state = state._replace(mechanism=inner)
         return state._replace(position=state.position + x.shape[1]), self._finish(hooks, out, at, x)
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax.nnx.nn.dtypes import promote_dtype
 
 from attnx import masks, scores
-from attnx.mechanism import Pairs
+from attnx.mechanism import Mechanism, Pairs
 
 
-def as_attention_fn(mechanism, *, is_causal=False):
+def as_attention_fn(mechanism: Mechanism, *, is_causal: bool = False) -> Callable[..., jax.Array]:
     """A mechanism as the ``attention_fn`` of ``nnx.MultiHeadAttention`` and linen's ``MultiHeadDotProductAttention``.
 
     Linen hands its attention function no more than a dense mask, which hides that most of it is empty; causality stated here lets the

@@ -1,10 +1,15 @@
 """The transformer block: attention, optionally cross-attention, and a feed-forward network, each behind a norm and a residual."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from attnx.nn.common import check_sequence, constrain, dropout
+from attnx.nn.hooks import Hooks
 from attnx.nn.norms import make_norm
 
 
@@ -14,7 +19,8 @@ class TransformerBlock(nnx.Module):
         pre-norm:    x <- x + dropout(f(norm(x)))
         post-norm:   x <- norm(x + dropout(f(x)))        for f = attention, cross-attention (if any), mlp
 
-    The residual stream keeps the dtype it came with.
+    The residual stream keeps the dtype it came with. Source of the pre-norm form: Ruibin Xiong et al., "On Layer Normalization in the
+    Transformer Architecture", 2020, arXiv:2002.04745.
 
     Args:
       features: D, size of the residual stream.
@@ -29,10 +35,20 @@ class TransformerBlock(nnx.Module):
 
     Raises:
       ValueError: for a norm or norm position that is not known, or a dropout rate outside [0, 1).
+
+    Example:
+      >>> import attnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnx.nn import MLP, Attention
+      >>> rngs = nnx.Rngs(0)
+      >>> block = TransformerBlock(16, attention=Attention(16, 4, mechanism=attnx.pairs(), rngs=rngs), mlp=MLP(16, 64, rngs=rngs), rngs=rngs)
+      >>> block(jnp.ones((1, 3, 16))).shape
+      (1, 3, 16)
     """
 
-    def __init__(self, features, *, attention, mlp=None, cross_attention=None, norm="rms", norm_position="pre", dropout_rate=0.0,
-                 dtype=None, param_dtype=jnp.float32, rngs):
+    def __init__(self, features: int, *, attention: nnx.Module, mlp: nnx.Module | None = None, cross_attention: nnx.Module | None = None,
+                 norm: str | Callable[..., nnx.Module] = "rms", norm_position: str = "pre", dropout_rate: float = 0.0, dtype=None,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):
         if norm_position not in ("pre", "post"):
             raise ValueError(f"norm_position: expected 'pre' or 'post', got {norm_position!r}")
         if not 0.0 <= dropout_rate < 1.0:
@@ -46,8 +62,9 @@ class TransformerBlock(nnx.Module):
         self.cross_attention, self.cross_norm = nnx.data(cross_attention), norm_of(cross_attention)
         self.mlp, self.mlp_norm = nnx.data(mlp), norm_of(mlp)
 
-    def __call__(self, x, context=None, *, positions=None, context_positions=None, segment_ids=None, dropout_key=None,
-                 hooks=None, layer=0):
+    def __call__(self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None, *, positions: Int[Array, "*B T"] | None = None,
+                 context_positions: Int[Array, "*B S"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+                 dropout_key: Array | None = None, hooks: Hooks | None = None, layer=0) -> Float[Array, "B T D"]:
         """One block over a whole sequence.
 
         Args:
@@ -71,7 +88,8 @@ class TransformerBlock(nnx.Module):
                 layer=layer))
         return x if self.mlp is None else self._add(x, self.mlp_norm, outer[2], self.mlp)
 
-    def init_state(self, batch, max_length, *, context=None, context_positions=None, dtype=None):
+    def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S E"] | None = None,
+                   context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> tuple[Any, Any]:
         """The state of a block that has seen nothing: ``(attention state, cross-attention state or None)``."""
         cross = None
         if self.cross_attention is not None:
@@ -79,7 +97,7 @@ class TransformerBlock(nnx.Module):
                                                     dtype=dtype)
         return self.attention.init_state(batch, max_length, dtype=dtype), cross
 
-    def step(self, state, x, *, hooks=None, layer=0):
+    def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[tuple[Any, Any], Float[Array, "B t D"]]:
         """One block over the next tokens x [B, t, D]: ``(state, [B, t, D])``."""
         check_sequence("x", x, self.features)
         hooks, cross_hooks = _split_hooks(hooks)

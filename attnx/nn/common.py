@@ -1,13 +1,14 @@
 """What the modules of this package share: names of axes, dropout, a check."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen
 
 
-def logical_axes(*names):
+def logical_axes(*names: str | None) -> dict[str, Any]:
     """Metadata that names the axes of a parameter: 'embed', 'heads', 'kv_heads', 'head_size', 'mlp', 'vocab', 'layers' or None.
 
     ``nnx.get_partition_spec(nnx.state(model))`` reads the names, through the rules of ``nnx.logical_axis_rules`` where they are set, which
@@ -16,13 +17,13 @@ def logical_axes(*names):
     Example:
       >>> from flax import nnx
       >>> layer = nnx.Linear(8, 32, kernel_metadata=logical_axes('embed', 'mlp'), rngs=nnx.Rngs(0))
-      >>> nnx.get_partition_spec(nnx.state(layer))['kernel'][...]
-      PartitionSpec('embed', 'mlp')
+      >>> tuple(nnx.get_partition_spec(nnx.state(layer))['kernel'].get_value())
+      ('embed', 'mlp')
     """
     return {"out_sharding": names, "eager_sharding": False}
 
 
-def constrain(x, *names):
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks that an activation be sharded as its axes' names say: 'batch', 'sequence', 'heads', 'kv_heads', 'mlp', 'vocab' or None.
 
     Does nothing outside jit, without a mesh (``jax.set_mesh``) or without rules (``nnx.logical_axis_rules``). An axis that the mesh does
@@ -37,14 +38,14 @@ def constrain(x, *names):
         x, jax.sharding.PartitionSpec(*(axis if n % size == 0 else None for axis, n, size in zip(spec, x.shape, sizes))))
 
 
-def dropout(x, rate, key):
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each entry with probability ``rate`` and divides the rest by ``1 - rate``; the identity where ``key`` is None."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0)
 
 
-def check_sequence(name, x, features):
+def check_sequence(name: str, x: jax.Array, features: int):
     """Raises ValueError unless ``x`` is [B, T, features]."""
     if x.ndim != 3 or x.shape[-1] != features:
         raise ValueError(f"{name}: expected shape [B, T, D] with D = {features}, got {x.shape}")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Array, Float, Int
 
 from attnx.nn.common import constrain, logical_axes
 from attnx.positions import learned, sinusoidal
@@ -41,8 +42,8 @@ class Embedding(nnx.Module):
       ((1, 3, 8), (1, 3, 256))
     """
 
-    def __init__(self, vocab_size, features, *, tied=True, scaled=False, position=None, max_length=None, dtype=None, param_dtype=jnp.float32,
-                 embedding_init=_unit_vectors, rngs):
+    def __init__(self, vocab_size: int, features: int, *, tied: bool = True, scaled: bool = False, position: str | None = None,
+                 max_length: int | None = None, dtype=None, param_dtype=jnp.float32, embedding_init=_unit_vectors, rngs: nnx.Rngs):
         if position not in (None, "sinusoidal", "learned"):
             raise ValueError(f"position: expected 'sinusoidal', 'learned' or None, got {position!r}")
         if position == "learned" and max_length is None:
@@ -56,7 +57,7 @@ class Embedding(nnx.Module):
         self.output = nnx.data(None) if tied else table(vocab_size, "vocab")
         self.positions = table(max_length, None) if position == "learned" else nnx.data(None)
 
-    def __call__(self, tokens, positions=None):
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None) -> Float[Array, "B T D"]:
         """tokens [B, T] -> [B, T, D]; ``positions`` [T] or [B, T], by default 0 .. T-1."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens: expected integers of shape [B, T], got {tokens.dtype} {tokens.shape}")
@@ -72,7 +73,7 @@ class Embedding(nnx.Module):
             x = x + sinusoidal(positions, self.features, dtype=x.dtype)
         return constrain(x, "batch", "sequence", None)
 
-    def logits(self, x):
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """x [B, T, D] -> [B, T, V], accumulated and returned in at least float32."""
         table = self.table if self.output is None else self.output
         x, table = promote_dtype((x, table[...]), dtype=self.dtype)

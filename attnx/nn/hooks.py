@@ -14,15 +14,19 @@ row, the query's head and the logical positions. Hooks are handed over as ``{sta
 
 import functools
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
+from attnx.mechanism import Mechanism
 from pallas_kernels.parts import At
 
+Hooks = Mapping[str, Callable[[Any, Any, At], Any]]
 STAGES = ("qkv", "scores", "weights", "output")
 
 
-def bind_hooks(hooks, layer):
+def bind_hooks(hooks: Hooks | None, layer) -> dict[str, Callable]:
     """The hooks with their layer filled in: ``{stage: (value, at) -> value}``.
 
     Args:
@@ -47,7 +51,7 @@ def _call(hook, layer, value, at):
     return hook(value, layer, at)
 
 
-def at_heads(heads, query, key, query_positions, key_positions):
+def at_heads(heads: int, query, key, query_positions, key_positions) -> At:
     """The ``At`` of per-head arrays [B, T, heads, H]: batch [B, 1, 1, 1], head [heads, 1], query [(B,) T, 1, 1], key [(B,) S, 1, 1]."""
     def column(positions, x):
         return (jnp.arange(x.shape[1]) if positions is None else positions)[..., None, None].astype(jnp.int32)
@@ -56,7 +60,7 @@ def at_heads(heads, query, key, query_positions, key_positions):
               column(query_positions, query), column(key_positions, key))
 
 
-def pair_hooks(mechanism, hooks):
+def pair_hooks(mechanism: Mechanism, hooks: dict[str, Callable]) -> dict[str, dict[str, Callable]]:
     """Keyword arguments that hand a mechanism its hooks on scores and weights: ``{'hooks': {stage: (value, at) -> value}}`` or none.
 
     Raises:

@@ -1,8 +1,11 @@
 """The feed-forward half of a transformer block."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from attnx.nn.common import check_sequence, constrain, logical_axes
 
@@ -30,9 +33,10 @@ class MLP(nnx.Module):
       (1, 3, 8)
     """
 
-    def __init__(self, features, hidden_features, *, activation=jax.nn.silu, gated=True, use_bias=False, dtype=None,
+    def __init__(self, features: int, hidden_features: int, *, activation: Callable = jax.nn.silu, gated: bool = True,
+                 use_bias: bool = False, dtype=None,
                  param_dtype=jnp.float32, precision=None, kernel_init=nnx.initializers.lecun_normal(),
-                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs):
+                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs: nnx.Rngs):
         def project(inputs, outputs, axes, init=kernel_init):
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                               kernel_init=init, bias_init=bias_init, kernel_metadata=logical_axes(*axes),
@@ -43,7 +47,7 @@ class MLP(nnx.Module):
         self.gate = project(features, hidden_features, ("embed", "mlp")) if gated else nnx.data(None)
         self.down = project(hidden_features, features, ("mlp", "embed"), out_kernel_init or kernel_init)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """[B, T, features] -> [B, T, features]."""
         check_sequence("x", x, self.features)
         hidden = self.up(x)

@@ -1,12 +1,15 @@
 """Normalisation by name."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 
 from attnx.nn.common import logical_axes
 
 
-def make_norm(kind, features, *, axis="embed", dtype=None, param_dtype=jnp.float32, rngs):
+def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str = "embed", dtype=None, param_dtype=jnp.float32,
+              rngs: nnx.Rngs):
     """A normalisation over the last axis: one of Flax's, or your own.
 
     Args:
@@ -23,7 +26,9 @@ def make_norm(kind, features, *, axis="embed", dtype=None, param_dtype=jnp.float
       ValueError: for a name that is not known.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> from collections.abc import Callable
+
+import jax.numpy as jnp
       >>> from flax import nnx
       >>> make_norm('rms', 2, rngs=nnx.Rngs(0))(jnp.array([3.0, 3.0])).round(3).tolist()
       [1.0, 1.0]

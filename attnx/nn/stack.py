@@ -1,30 +1,46 @@
 """A stack of equal blocks, scanned: compiled once whatever its depth."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 
 class Stack(nnx.Module):
     """``num_layers`` blocks in sequence, evaluated by a scan over stacked parameters.
 
     Every parameter has a leading axis of groups of layers, with the logical name 'layers'. Where blocks alternate
-    (``make_block`` a sequence), a group is one round of the alternation.
+    (``make_block`` a sequence), a group is one round of the alternation. Blocks are pure functions of their parameters: variables that a block
+    would change in its call (counters, running averages) do not come back from the scan.
 
     Args:
       make_block: ``make_block(rngs=...) -> block``, or a sequence of them to be repeated in turn. A block is called like
         :class:`attnx.nn.TransformerBlock`.
       num_layers: how many blocks; a multiple of the length of the sequence.
-      unroll: how many groups to write out in each iteration of the compiled scan: 1 compiles fastest, True (all of them) runs fastest.
+      unroll: how many groups to write out in each iteration of the compiled scan: 1 compiles fastest, True (all of them) trains fastest.
       remat: what the backward pass recomputes: None (nothing), or a policy of ``jax.checkpoint_policies`` or its name; 'nothing_saveable'
         keeps only the input of each group.
       rngs: the generator of initial values.
 
     Raises:
       ValueError: for a number of layers that is not a positive multiple of the number of makers, or an unknown policy.
+
+    Example:
+      >>> import attnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnx.nn import Attention, TransformerBlock
+      >>> def make_block(*, rngs):
+      ...     return TransformerBlock(8, attention=Attention(8, 2, mechanism=attnx.pairs(), rngs=rngs), rngs=rngs)
+      >>> stack = Stack(make_block, 3, rngs=nnx.Rngs(0))
+      >>> stack(jnp.ones((1, 4, 8))).shape, stack.blocks[0].attention.query.kernel.shape
+      ((1, 4, 8), (3, 8, 2, 4))
     """
 
-    def __init__(self, make_block, num_layers, *, unroll=1, remat=None, rngs):
+    def __init__(self, make_block: Callable[..., nnx.Module] | Sequence[Callable[..., nnx.Module]], num_layers: int, *, unroll: int | bool = 1,
+                 remat: str | Callable | None = None, rngs: nnx.Rngs):
         makers = (make_block,) if callable(make_block) else tuple(make_block)
         if num_layers < 1 or num_layers % len(makers):
             raise ValueError(f"num_layers: expected a positive multiple of the {len(makers)} kinds of block, got {num_layers}")
@@ -41,7 +57,7 @@ class Stack(nnx.Module):
 
         self.blocks = create(rngs)
 
-    def __call__(self, x, *, dropout_key=None, **inputs):
+    def __call__(self, x: Float[Array, "B T D"], *, dropout_key: Array | None = None, **inputs) -> Float[Array, "B T D"]:
         """Runs x [B, T, D] through all blocks.
 
         Args:
@@ -59,15 +75,15 @@ class Stack(nnx.Module):
             return x, None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_groups)
-        return self._scan(body, x, keys, remat=self.remat)[0]
+        return self._scan(body, x, keys, self.unroll, self.remat)[0]
 
-    def init_state(self, batch, max_length, **inputs):
+    def init_state(self, batch: int, max_length: int, **inputs) -> tuple[Any, ...]:
         """The states of all blocks, stacked like the parameters; ``inputs`` (context, dtype, ...) as for a block's ``init_state``."""
         graphdef, params = nnx.split(self.blocks)
         return jax.vmap(lambda params: tuple(block.init_state(batch, max_length, **inputs)
                                              for block in nnx.merge(graphdef, params)))(params)
 
-    def step(self, state, x, **inputs):
+    def step(self, state, x: Float[Array, "B t D"], **inputs) -> tuple[tuple[Any, ...], Float[Array, "B t D"]]:
         """Runs the next tokens x [B, t, D] through all blocks: ``(state, [B, t, D])``."""
         def body(x, layers, states):
             after = []
@@ -79,7 +95,7 @@ class Stack(nnx.Module):
         x, state = self._scan(body, x, state)
         return state, x
 
-    def _scan(self, body, x, rows, remat=None):
+    def _scan(self, body, x, rows, unroll=1, remat=None):
         """Folds ``body(x, [(layer, block), ...], row) -> (x, out)`` over the groups."""
         graphdef, params = nnx.split(self.blocks)
 
@@ -90,4 +106,4 @@ class Stack(nnx.Module):
 
         if remat is not None:
             one = jax.checkpoint(one, policy=remat, prevent_cse=False)
-        return jax.lax.scan(one, x, (jnp.arange(self.num_groups), params, rows), unroll=self.unroll)
+        return jax.lax.scan(one, x, (jnp.arange(self.num_groups), params, rows), unroll=unroll)

@@ -5,9 +5,10 @@ Source: Jonas Gehring, Michael Auli, David Grangier, Denis Yarats, Yann N. Dauph
 """
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def learned(positions, table):
+def learned(positions: Int[Array, "*any"], table: Float[Array, "L features"]) -> Float[Array, "*any features"]:
     """Row ``positions`` of a table: ``e_p = table[p]``; padding (p = -1) gets zeros.
 
     A position past the end of the table gives NaN, rather than silently the last row. Costs O(T * features).
@@ -21,6 +22,7 @@ def learned(positions, table):
 
     Example:
       >>> import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
       >>> learned(jnp.array([2, -1]), jnp.eye(3)).tolist()
       [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """

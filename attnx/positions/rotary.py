@@ -5,12 +5,15 @@ Position Embedding", 2021, arXiv:2104.09864.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
-def rotary(x, positions=None, *, base=10000.0, rotary_size=None, interleaved=False):
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "*B T"] | None = None, *, base: float = 10000.0,
+           rotary_size: int | None = None, interleaved: bool = False) -> Float[Array, "B T N H"]:
     """Rotates pairs of channels by an angle proportional to the position, so that scores depend on differences of positions.
 
     Channel pair m of the first ``rotary_size = R`` channels, at position p, becomes
@@ -88,8 +91,9 @@ class Rotary:
     interleaved: bool = False
     """Pair channels (2m, 2m + 1) rather than (m, m + R/2)."""
 
-    def __call__(self, query, key, query_positions=None, key_positions=None):
+    def __call__(self, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], query_positions: Int[Array, "*B T"] | None = None,
+                 key_positions: Int[Array, "*B S"] | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
         """Turns query [B, T, N, H] and key [B, S, K, H] by their positions."""
         size = int(query.shape[-1] * self.fraction) // 2 * 2
-        settings = dict(base=self.base, rotary_size=size, interleaved=self.interleaved)
-        return rotary(query, query_positions, **settings), rotary(key, key_positions, **settings)
+        turn = functools.partial(rotary, base=self.base, rotary_size=size, interleaved=self.interleaved)
+        return turn(query, query_positions), turn(key, key_positions)

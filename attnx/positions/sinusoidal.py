@@ -6,9 +6,11 @@ Source: Ashish Vaswani, Noam Shazeer, Niki Parmar, Jakob Uszkoreit, Llion Jones,
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 
-def sinusoidal(positions, features, *, base=10000.0, dtype=jnp.float32):
+def sinusoidal(positions: Shaped[Array, "*any"], features: int, *, base: float = 10000.0,
+               dtype=jnp.float32) -> Float[Array, "*any features"]:
     """Sines and cosines of the position at geometrically spaced wavelengths, interleaved.
 
         e[..., 2m] = sin(p * base^(-2m / features)),      e[..., 2m + 1] = cos(the same angle)

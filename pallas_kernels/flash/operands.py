@@ -67,10 +67,21 @@ def line(x, lead, name: str, size: int, *, turned: bool = False) -> Window:
     return Window(x[..., None, :], (None,) * len(lead) + (1, size), (*lead, None, name), turned)
 
 
+def row_output(x, plan) -> Window:
+    """Numbers [B, K, G, T] to be written along lanes."""
+    *lead, length = x.shape
+    return Window(jax.ShapeDtypeStruct((*lead, 1, length), x.dtype), (None, None, None, 1, plan.bq), ("b", "k", "g", None, "i"))
+
+
+def padded_offsets(length: int) -> int:
+    """The length of an offset table in memory: windows start at whole lanes."""
+    return length + LANES + -length % LANES
+
+
 def window(x, form: Form, bq: int, bk: int, transposed: bool) -> Window:
     """The window of a canonical operand that was padded to whole blocks, for tiles [bq, bk] or, transposed, [bk, bq]."""
     if form.kind == "offset":
-        x = jnp.pad(x, [(0, 0)] * 3 + [(0, LANES + -x.shape[3] % LANES)], mode="edge")  # windows start at whole lanes
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, padded_offsets(x.shape[3]) - x.shape[3])], mode="edge")
         return Window(x[..., None, :], (None, None, None, 1, x.shape[3]), (*form.lead, None, None))
     x = x.astype(jnp.int8) if x.dtype == bool else x
     more = (None,) * len(form.extra)

@@ -14,6 +14,7 @@ from pallas_kernels.parts import Cover
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _BITS = 14  # of a block number
 _FIRST, _LAST = 4, 8
+SCALARS = 1 << 17  # steps in scalar memory, half of it
 
 
 class Schedule(NamedTuple):
@@ -46,10 +47,11 @@ def schedule(table: Cover, *, by_key: bool = False, varies=(True, True)) -> Sche
       varies: whether the lists may differ over batch elements and over key-value heads; united where not.
     """
     axes = (*(axis for axis, own in enumerate(varies) if not own), 2)
-    some, every = (jnp.swapaxes(x, -1, -2) if by_key else x for x in (table.some.any(axes, keepdims=True)[:, :, 0], table.every.all(axes, keepdims=True)[:, :, 0]))
+    united = table.some.any(axes, keepdims=True)[:, :, 0], table.every.all(axes, keepdims=True)[:, :, 0]
+    some, every = (jnp.swapaxes(x, -1, -2) if by_key else x for x in united)
     blocks, steps = some.shape[-2:]
-    if max(blocks, steps) >= 1 << (_BITS - 1):
-        raise NotImplementedError(f"a schedule of {blocks} x {steps} tiles: expected fewer than {1 << (_BITS - 1)} each way; use larger tiles")
+    if max(blocks, steps) >= 1 << (_BITS - 1) or some.size > SCALARS:
+        raise NotImplementedError(f"implementation='pallas': {some.size} tiles exceed the schedule's {SCALARS}; use larger block_sizes, or 'blockwise'")
     outer, inner = jnp.arange(blocks, dtype=jnp.int32)[:, None], jnp.arange(steps, dtype=jnp.int32)
     kept = some | (~some.any(-1, keepdims=True) & (inner == 0))
     first = inner == jnp.min(jnp.where(kept, inner, steps), -1, keepdims=True)

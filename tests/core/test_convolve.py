@@ -161,6 +161,15 @@ def test_forward_mode(form):
     np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sharded_channels():
+    """Under shard_map each device convolves the same input with its own channels' kernel."""
+    x, kernel = arrays((1, 20, 1), (12, 4))
+    mesh, spec = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+    specs = {"in_specs": (spec(), spec(None, "tensor")), "out_specs": spec(None, None, "tensor")}
+    sharded = jax.jit(jax.shard_map(convolution, mesh=mesh, **specs))(x, kernel)
+    np.testing.assert_allclose(sharded, convolve_jit(jnp.tile(x, (1, 1, 4)), kernel), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("function, shapes", [
     (functools.partial(convolution, implementation="direct"), [(1024, 8)]),
     (functools.partial(ema, implementation="fft"), [(8, 16)] * 3),

@@ -35,7 +35,8 @@ def fades(s, at, rate, depth):
 # mask besides serve the test of rows without keys too.
 CALLS = {
     "plain softmax, full bias, MQA": (dict(kv_heads=1), lambda i: dict(scores=scores.bias(normal(i, 2, N, T, S)))),
-    "causal, ALiBi, GQA": ({}, lambda i: dict(mask=masks.causal(), scores=scores.alibi(jnp.exp(normal(i, N))))),
+    "causal, ALiBi, GQA, dropout": ({}, lambda i: dict(
+        mask=masks.causal(), scores=scores.alibi(jnp.exp(normal(i, N))), dropout_rate=0.3, dropout_key=jax.random.key(i))),
     "window and documents, MHA": (dict(kv_heads=4), lambda i: dict(
         mask=masks.local(3, 1) & masks.documents(jnp.sort(integers(i, (2, T), 0, 4)), jnp.sort(integers(i + 9, (2, S), 0, 4))))),
     "a user's predicate and score change": ({}, lambda i: dict(
@@ -55,8 +56,9 @@ CALLS = {
         weights=weights.clipped_softmax(jnp.asarray(-0.03 - i / 20), jnp.asarray(1.1)), mask=masks.dilated(2) & masks.explicit(allowed))),
     "entmax-1.5, causal, bias of batches": ({}, lambda i, allowed: dict(
         weights=weights.entmax15(), mask=masks.causal() & masks.explicit(allowed), scores=scores.bias(normal(i, 2, 1, T, S)))),
-    "sparsemax, columns or blocks": ({}, lambda i, allowed: dict(
-        weights=weights.sparsemax(), mask=(masks.strided_columns(4, 2) | masks.within_blocks(3)) & masks.explicit(allowed))),
+    "sparsemax, columns or blocks, dropout": ({}, lambda i, allowed: dict(
+        weights=weights.sparsemax(), dropout_rate=0.5, dropout_key=jax.random.key(i),
+        mask=(masks.strided_columns(4, 2) | masks.within_blocks(3)) & masks.explicit(allowed))),
 }
 
 
@@ -92,11 +94,19 @@ def test_rows_without_keys(name, execute):
     assert_agree(loud, usual)
 
 
+@jax.jit
+def with_positions(query, key, value, table, query_positions, key_positions):
+    """Causal softmax attention with a T5 bias, written out in positions."""
+    offset = key_positions[:, None] - query_positions[..., None]
+    allowed = (offset <= 0) & (query_positions >= 0)[..., None] & (key_positions >= 0)[:, None]
+    bias = table[scores.t5_bucket(offset, table.shape[0], 9)].transpose(0, 3, 1, 2)
+    return oracles.attend(oracles.softmax, query, key, value, allowed[:, None], change=lambda s: s + bias)
+
+
 @pytest.mark.usefixtures("x64")
 def test_positions():
-    """Permuted, repeated, gapped and padded (-1) logical positions with a position bias and a mask that see them."""
-    part = scores.t5_bias(normal(0, 8, N), max_distance=9)
-    storage = arrays()
+    """Permuted, gapped and padded (-1) logical positions with a position bias and a mask that see them."""
+    table, data = normal(0, 8, N), arrays()
     plain = [jnp.arange(T), jnp.arange(S)]
     shuffled = [jax.random.permutation(jax.random.key(i), p) for i, p in enumerate(plain)]
     padded = [jnp.where(integers(i, (2, p.size), 0, 3) == 0, -1, p) for i, p in enumerate(plain)]
@@ -104,21 +114,23 @@ def test_positions():
     gapped = [100 + 7 * plain[0], 95 + 9 * plain[1]]
     for positions in (plain, shuffled, padded, empty, gapped):
         query, key = (jnp.broadcast_to(p, (2, p.shape[-1])) for p in positions)
-        call = dict(scores=part, mask=masks.causal(), query_positions=query, key_positions=key)
-        got = blockwise(*storage, **call)
-        assert_agree(got, reference(*storage, **call), 1e-12)
-        offset = key[:, None] - query[..., None]
-        allowed = (offset <= 0) & (query >= 0)[..., None] & (key >= 0)[:, None]
-        bias = part.table[scores.t5_bucket(offset, 8, 9)].transpose(0, 3, 1, 2)
-        assert_agree(got["out"], oracles.attend(oracles.softmax, *storage[:3], allowed[:, None], change=lambda s: s + bias), 1e-12)
+        call = dict(scores=scores.t5_bias(table, max_distance=9), mask=masks.causal(), query_positions=query, key_positions=key)
+        got = blockwise(*data, **call)
+        assert_agree(got, reference(*data, **call), 1e-12)
+        assert_agree(got["out"], with_positions(*data[:3], table, query, key), 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_storage_order_does_not_matter():
-    """Permuting tokens together with their positions permutes the output."""
+    """Permuting tokens together with their positions permutes the output, dropout included."""
     q, k, v, _ = arrays()
     order, key_order = (jax.random.permutation(jax.random.key(i), n) for i, n in enumerate((T, S)))
-    attend = jax.jit(lambda q, k, v, p, o: attnx.attention(q, k, v, mask=masks.sliding_window(4), query_positions=p, key_positions=o, block_sizes=(4, 4)))
+
+    @jax.jit
+    def attend(q, k, v, query_positions, key_positions):
+        return attnx.attention(q, k, v, mask=masks.sliding_window(4), query_positions=query_positions, key_positions=key_positions,
+                               dropout_rate=0.4, dropout_key=jax.random.key(2), implementation="blockwise", block_sizes=(4, 4))
+
     got = attend(q[:, order], k[:, key_order], v[:, key_order], order, key_order)
     assert_agree(got, attend(q, k, v, jnp.arange(T), jnp.arange(S))[:, order], 1e-13)
 

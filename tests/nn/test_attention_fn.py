@@ -37,14 +37,15 @@ def assert_same(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
 
 
-def assert_agree(mechanism, *args, inputs={}, **options):
+def assert_agree(mechanism, *args, mask=None, **options):
+    inputs = {"mask": mask}
     assert_same(with_gradient(nnx_layer(as_attention_fn(mechanism), **options), args, inputs),
                 with_gradient(nnx_layer(**options), args, inputs))
 
 
 def test_nnx_module_agrees_with_its_default():
     assert_agree(pairs(), X)
-    assert_agree(FULL, X, inputs=dict(mask=MASK))
+    assert_agree(FULL, X, mask=MASK)
 
 
 def test_nnx_cross_attention_with_grouped_and_normalised_heads():

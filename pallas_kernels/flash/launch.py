@@ -1,0 +1,187 @@
+"""One launch over the tiles of a schedule on a TPU core: the grid, what every tile reads, and how it reaches the tile functions."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.flash.operands import LANES, Window, block, column, form, line, matrix, spread, wide, window
+from pallas_kernels.flash.schedule import FULL, PARTIAL, Schedule, unpack
+from pallas_kernels.parts import At, Blocks, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static half of a launch.
+
+    Attributes:
+      specs: how each canonical operand varies.
+      bq, bk: tile sizes, powers of two and at least 128.
+      queries, keys: lengths before padding.
+      low: the offset (key position minus query position) of the first entry of 'offset' tables before padding.
+      contiguous: positions are consecutive inside every block.
+      interpret: as for ``pallas_call``.
+    """
+
+    specs: Blocks
+    bq: int
+    bk: int
+    queries: int
+    keys: int
+    low: int
+    contiguous: bool
+    interpret: Any = False
+
+
+class Inputs(NamedTuple):
+    """What a tile reads: windows, and inside a kernel the refs to their blocks."""
+
+    query: Any
+    key: Any
+    value: Any
+    rows: Any
+    positions: Any
+    operands: Any
+
+
+class Here(NamedTuple):
+    """A grid step inside a kernel: the head, the step, what the schedule says of it, and its place in offset tables."""
+
+    b: Any
+    k: Any
+    g: Any
+    s: Any
+    i: Any
+    j: Any
+    kind: Any
+    first: Any
+    last: Any
+    offset: Any
+
+
+def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callable, outputs, scratch, name: str, *,
+            by_key: bool = False, zeroed: bool = False):
+    """Runs ``step(here, tile, output refs, scratch refs)`` over a grid whose axes are ``order``: letters of 'bkgs', s the steps of a schedule.
+
+    ``tile()`` reads what a tile function wants: (q, k, v, rows, at, blocks, seed). ``by_key``: the schedule has key blocks outside, and tiles are
+    transposed. ``zeroed``: blocks that no step visits are to hold zeros.
+    """
+    b, k, g, t, _ = data.query.shape
+    nq, nk = t // plan.bq, data.key.shape[2] // plan.bk
+    by_batch, by_head = (n > 1 for n in timetable.steps.shape[:2])
+    heads, length = timetable.steps.shape[1:]
+    q_batched, k_batched = data.query_positions.shape[0] > 1, data.key_positions.shape[0] > 1
+
+    def look_up(ids, steps):
+        lists = (ids["b"] * heads if by_batch else 0) + (ids["k"] if by_head else 0)
+        at = unpack(steps[lists * length + ids["s"]])
+        i, j = (at.inner, at.outer) if by_key else (at.outer, at.inner)
+        return {**ids, "i": i, "j": j, "kind": at.kind, "first": at.first, "last": at.last}
+
+    def index(*args):
+        return look_up(dict(zip(order, args)), args[4])
+
+    leaves, structure = jax.tree.flatten(data.operands)
+    forms = [form(x, spec) for x, spec in zip(leaves, flat_specs(plan), strict=True)]
+    positions = None if plan.contiguous else (
+        line(data.query_positions[:, None, None], ("b" if q_batched else None, None, None), "i", plan.bq, turned=not by_key),
+        line(data.key_positions[:, None, None], ("b" if k_batched else None, None, None), "j", plan.bk, turned=by_key))
+    inputs = Inputs(
+        matrix(data.query, "bkg", "i", plan.bq), matrix(data.key, "bk", "j", plan.bk), None if data.value is None else matrix(data.value, "bk", "j", plan.bk),
+        jax.tree.map(lambda x: line(x[..., 0], "bkg", "i", plan.bq, turned=not by_key) if x.shape[-1] == 1 else matrix(x, "bkg", "i", plan.bq), rows),
+        positions, [window(x, f, plan.bq, plan.bk, by_key) for x, f in zip(leaves, forms)])
+    read, inputs_tree = jax.tree.flatten(inputs)
+    written, outputs_tree = jax.tree.flatten(outputs)
+    kept, scratch_tree = jax.tree.flatten(scratch)
+    inside = order[order.index("s") + 1:]  # what changes while an outer block stays; the rest is turned once for each of those
+    turned = [n for n, w in enumerate(read) if w.turned and not set(inside) & set(w.place)]
+    columns = [pltpu.VMEM((read[n].shape[-1], LANES), wide(read[n].array.dtype)) for n in turned]
+    parts = (5, len(read), len(written) if zeroed else 0, len(written), len(kept), len(columns))
+
+    def kernel(*refs):
+        refs = iter(refs)
+        scalars, ins, _, outs, kept, columns = ([next(refs) for _ in range(n)] for n in parts)
+        steps, querystarts, keystarts, seed, origin = scalars
+        at = look_up({c: pl.program_id(axis) for axis, c in enumerate(order)}, steps)
+        query_start = querystarts[(at["b"] * nq if q_batched else 0) + at["i"]]
+        key_start = keystarts[(at["b"] * nk if k_batched else 0) + at["j"]]
+        here = Here(**at, offset=key_start - query_start - plan.low + 1)
+
+        if turned:
+            @pl.when(here.first & starts(here, inside))
+            def _():
+                for ref, n in zip(columns, turned):
+                    put(ref, column(ins[n][...]))
+
+        def load(n):
+            if not read[n].turned:
+                return ins[n][...]
+            x = columns[turned.index(n)][:, :1] if n in turned else column(ins[n][...])
+            return x.astype(read[n].array.dtype)
+
+        def tile():
+            offsets = {id(ref) for ref, f in zip(jax.tree.unflatten(inputs_tree, ins).operands, forms) if f.kind == "offset"}
+            values = jax.tree.unflatten(inputs_tree, [None if id(ref) in offsets else load(n) for n, ref in enumerate(ins)])
+            where = values.positions or (_consecutive(query_start, here.i, plan.bq, plan.queries, by_key),
+                                         _consecutive(key_start, here.j, plan.bk, plan.keys, not by_key))
+            refs = jax.tree.unflatten(inputs_tree, ins).operands
+            blocks = [block(spread(ref, here.offset, plan.bq, plan.bk) if f.kind == "offset" else x, f, by_key)
+                      for x, ref, f in zip(values.operands, refs, forms)]
+            at_tile = At(origin[0] + here.b, (origin[1] + here.k) * g + here.g, *where)
+            return (values.query, values.key, values.value, values.rows, at_tile, jax.tree.unflatten(structure, blocks), (seed[0], seed[1]))
+
+        step(here, tile, jax.tree.unflatten(outputs_tree, outs), jax.tree.unflatten(scratch_tree, kept))
+
+    counts = {"b": b, "k": k, "g": g, "s": timetable.count}
+    arrays = [w.array for w in read]
+    start = [jnp.zeros(w.array.shape, w.array.dtype) for w in written] if zeroed else []
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))  # over the axes of a shard_map around this
+    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
+    out = pl.pallas_call(
+        kernel, [jax.ShapeDtypeStruct(w.array.shape, w.array.dtype, **per_device) for w in written],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5, grid=tuple(counts[c] for c in order),
+            in_specs=[w.spec(index) for w in read] + [pl.BlockSpec(memory_space=pl.ANY)] * len(start),
+            out_specs=[w.spec(index) for w in written], scratch_shapes=kept + columns),
+        input_output_aliases={5 + len(read) + n: n for n in range(len(start))},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=tuple("parallel" if axis < order.index("s") else "arbitrary" for axis in range(4))),
+        interpret=plan.interpret, name=name,
+    )(timetable.steps.reshape(-1), data.query_positions[:, ::plan.bq].reshape(-1), data.key_positions[:, ::plan.bk].reshape(-1), data.seed, data.origin, *arrays, *start)
+    return jax.tree.unflatten(outputs_tree, out)
+
+
+def _consecutive(start, number, size: int, length: int, axis: int):
+    """The positions of a block that starts at ``start``, -1 beyond ``length`` entries in all: along axis 0, [size, 1], or 1, [1, size]."""
+    along = jax.lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
+    return start + along if length % size == 0 else jnp.where(number * size + along < length, start + along, -1)
+
+
+def visited(here: Here):
+    """Decorator: runs ``visit(masked)`` unless the step is empty."""
+    def run(visit):
+        pl.when(here.kind == FULL)(partial(visit, False))
+        pl.when(here.kind == PARTIAL)(partial(visit, True))
+    return run
+
+
+def starts(here: Here, letters: str):
+    """Whether the grid is at the beginning of all these axes."""
+    return reduce(jnp.logical_and, (getattr(here, c) == 0 for c in letters), True)
+
+
+def flat_specs(plan: Plan):
+    """The specs of all operands, in tree order."""
+    return jax.tree.leaves(plan.specs, is_leaf=lambda x: isinstance(x, Spec))
+
+
+def put(refs, values):
+    """Writes a pytree of values, columns to all lanes."""
+    def write(ref, x):
+        ref[...] = jnp.broadcast_to(x, ref.shape)
+
+    jax.tree.map(write, refs, values)

@@ -1,0 +1,87 @@
+"""The tile table at run time: empty tiles are not visited, full ones not masked, partial ones masked, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import arrays
+
+import attnx
+from attnx import masks, scores
+
+LENGTH, BLOCK = 24, 4
+IDS = jnp.repeat(jnp.arange(4), jnp.array([5, 3, 9, 7]), total_repeat_length=LENGTH)
+ORDER = jnp.array([4, 0, 5, 2, 1, 3])  # of whole blocks
+
+VISITED, MASKED = [], []
+
+
+def _record(log, at):
+    jax.debug.callback(lambda i, j: log.append((int(i), int(j))), at.query[0, 0] // BLOCK, at.key[0, 0] // BLOCK)
+
+
+def noting_visits(s, at):
+    _record(VISITED, at)
+    return s
+
+
+def noting_masks(at):
+    _record(MASKED, at)
+    return jnp.ones((), bool)
+
+
+def always(query, key):
+    return True, True
+
+
+MASKS = {
+    "none": (None, None),
+    "causal": (masks.causal(), None),
+    "causal, traced documents": (masks.causal() & masks.documents(IDS), None),
+    "window, blocks permuted": (masks.sliding_window(6), (jnp.arange(LENGTH).reshape(-1, BLOCK)[ORDER]).reshape(-1)),
+    "prefix or causal, padding": ((masks.prefix(jnp.asarray(6)) | masks.causal()) & masks.lengths(jnp.asarray(18), jnp.asarray(14)), None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_tiles_visited_and_masked(name):
+    """The tiles in which user functions ran are those with an allowed pair, and masks ran on those with a forbidden one besides."""
+    mask, positions = MASKS[name]
+    q, k, v, cotangent = arrays(jnp.float32, batch=1, queries=LENGTH, keys=LENGTH, heads=1, kv_heads=1)
+    allowed = np.asarray(attnx.attention_weights(q, k, mask=mask))[0, 0] > 0  # by logical position
+    tiles = allowed.reshape(LENGTH // BLOCK, BLOCK, -1, BLOCK)
+    some, every = np.argwhere(tiles.any((1, 3))).tolist(), np.argwhere(tiles.all((1, 3))).tolist()
+    partial = [tile for tile in some if tile not in every]
+    noting = masks.predicate(noting_masks, cover=always)
+
+    def attend(q, k, v):
+        return attnx.attention(q, k, v, scores=scores.elementwise(noting_visits), mask=noting if mask is None else mask & noting,
+                               query_positions=positions, key_positions=positions, implementation="blockwise", block_sizes=(BLOCK, BLOCK))
+
+    def run(function, times):
+        VISITED.clear(), MASKED.clear()
+        jax.block_until_ready(jax.jit(function)(q, k, v))
+        jax.effects_barrier()
+        assert sorted(map(list, VISITED)) == sorted(some * times)
+        assert sorted(map(list, MASKED)) == sorted(partial * times)
+
+    run(attend, 1)
+    run(lambda *x: jax.vjp(attend, *x)[1](cotangent), 2)
+
+
+def test_skipped_tiles_are_not_read():
+    """Infinities in keys and values that no query of a window sees reach neither results nor gradients."""
+    q, k, v, cotangent = arrays(jnp.float32, batch=1, queries=8, keys=LENGTH, heads=2, kv_heads=1)
+    positions = jnp.arange(12, 20)
+
+    @jax.jit
+    def run(k, v):
+        def attend(q, k, v):
+            return attnx.attention(q, k, v, mask=masks.sliding_window(4), query_positions=positions, implementation="blockwise", block_sizes=(4, 4))
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(cotangent)
+
+    far = jnp.array([*range(8), *range(20, 24)])
+    usual, loud = run(k, v), run(k.at[:, far].set(jnp.nan), v.at[:, far].set(jnp.nan))
+    for a, b in zip(usual, loud):
+        np.testing.assert_array_equal(a, b)
