@@ -20,15 +20,20 @@ def ngram_bits(train: Corpus, held_out: Corpus, order: int, most: int = 2**26) -
     Args:
       train: the text that is counted, of bytes.
       held_out: the text that is predicted.
-      order: the longest context, at most 3 bytes.
+      order: bytes of the longest context, 0 to 3.
       most: how many bytes of ``train`` to count, from its start.
 
     Returns:
       [order + 1, len(held_out.tokens)]: row n has the cost of each byte given the n before it. A context ends where its file begins (there are
       separators before that). The separators' own cost is without meaning.
 
+    Raises:
+      ValueError: for another order.
+
     Cost: sorts the training text ``order + 1`` times.
     """
+    if not 0 <= order <= 3:
+        raise ValueError(f"order: expected 0 to 3, got {order}")
     counted, predicted = _Contexts(train, most), _Contexts(held_out, len(held_out.tokens))
     probability = np.full(len(held_out.tokens), 1 / 256)
     bits = []

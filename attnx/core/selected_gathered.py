@@ -36,8 +36,8 @@ class Chosen(Mask):
     def operands(self, sizes):
         return (Operand(self.table, _axes(self.table, sizes, self.materialised)),)
 
-    def tile(self, at, entry):
-        return entry >= 0
+    def tile(self, at, chosen):
+        return chosen >= 0 if self.materialised else at.key >= 0  # padding is gathered as a block of padded keys
 
 
 @part
@@ -79,12 +79,16 @@ class Layout(NamedTuple):
     entry: bool = False  # a column for each entry of the table rather than for each key
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["lead", "layout"])
 @dataclasses.dataclass(frozen=True)
 class Blocked:
-    """An operand as [batch, kv_head, lane, query block, key block, group, rows, columns, *None axes], or [batch, kv_head, lane, offset, group]."""
+    """An operand as [blocks, group, rows, columns, *None axes], or [offsets, group].
+
+    The first axis is [batch, kv_head, lane, query block, key block] or [batch, kv_head, lane, offset], of the sizes ``lead``, in one.
+    """
 
     array: Any
+    lead: tuple[int, ...]
     layout: Layout
 
     @property
@@ -93,13 +97,17 @@ class Blocked:
         return self.layout.spec.group and not self.layout.lanes
 
     def _index(self, place: Place):
-        spec, zero = self.layout.spec, jnp.zeros_like(place.batch)
-        lead = [x if varies else zero for x, varies in zip(place, (spec.batch, spec.kv, spec.group and self.layout.lanes))]
+        spec = self.layout.spec
+        index = [x if varies else 0 for x, varies in zip(place, (spec.batch, spec.kv, spec.group and self.layout.lanes))]
         if spec.offset:
-            offset = jnp.clip(place.at.key - place.at.query - self.layout.low, 0, self.array.shape[3] - 1)
-            return *(x[:, :, None] for x in lead), offset
-        column = (place.entry if self.layout.entry else place.chosen) if spec.key else zero
-        return *lead, place.block if spec.query else zero, column
+            offset = jnp.clip(place.at.key - place.at.query - self.layout.low, 0, self.lead[3] - 1)
+            index = [*(x if isinstance(x, int) else x[:, :, None] for x in index), offset]
+        else:
+            index += [place.block if spec.query else 0, (place.entry if self.layout.entry else place.chosen) if spec.key else jnp.zeros_like(place.block)]
+        flat = 0
+        for x, size in zip(index, self.lead, strict=True):
+            flat = flat * size + x
+        return flat
 
     def blocks(self, place: Place):
         """What the tile reads, block by block: [C, m or 1, group, rows, columns, *None axes]."""
@@ -174,14 +182,17 @@ class Selected:
         layout = Layout(spec._replace(query=True, key=True) if entry else spec, self.lanes > 1, bk, self.program.sizes.offsets[0], entry)
         lanes = (x.shape[2], 1) if layout.lanes else (1, x.shape[2])
         if spec.offset:
-            return Blocked(jnp.moveaxis(x.reshape(*x.shape[:2], *lanes, -1), 3, 4), layout)
+            x = jnp.moveaxis(x.reshape(*x.shape[:2], *lanes, -1), 3, 4)
+            return Blocked(x.reshape(-1, lanes[1]), x.shape[:4], layout)
         if entry:
             x = widen(x, 6, -x.shape[6] % self.entries, constant_values=-1)
-            return Blocked(x.reshape(*x.shape[:2], lanes[0], *x.shape[5:], lanes[1], 1, 1), layout)
+            return Blocked(x.reshape(-1, lanes[1], 1, 1), (*x.shape[:2], lanes[0], *x.shape[5:]), layout)
         rows, columns = bq if spec.query else 1, bk if spec.key else 1
-        x = widen(widen(x, 3, -x.shape[3] % rows, "edge"), 4, -x.shape[4] % columns, "edge")
+        x = widen(x, 3, -x.shape[3] % rows, "edge")
+        x = widen(x, 4, -x.shape[4] % columns + columns, "edge") if spec.key else x  # the last block is what padding chooses
         x = x.reshape(*x.shape[:2], *lanes, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
-        return Blocked(x.transpose(0, 1, 2, 4, 6, 3, 5, 7, *range(8, x.ndim)), layout)
+        x = x.transpose(0, 1, 2, 4, 6, 3, 5, 7, *range(8, x.ndim))
+        return Blocked(x.reshape(-1, *x.shape[5:]), x.shape[:5], layout)
 
     def _cut(self, data: Data, rows) -> Cut:
         parts, specs = self.program.parts, self.program.specs
@@ -192,7 +203,7 @@ class Selected:
         query = partial(self.cut, spec=Spec(True, True, True, True, False, False))
         key = partial(self.cut, spec=Spec(True, True, False, False, True, False))
         (bq, bk, _), (q_pos, k_pos) = self.tiling, (data.query_positions, data.key_positions)
-        q_pos, k_pos = (widen(x, 1, -x.shape[1] % n, constant_values=-1) for x, n in ((q_pos, bq), (k_pos, bk)))
+        q_pos, k_pos = widen(q_pos, 1, -q_pos.shape[1] % bq, constant_values=-1), widen(k_pos, 1, -k_pos.shape[1] % bk + bk, constant_values=-1)
         return Cut(query(data.query[..., None, :]), key(data.key[:, :, None, None]), None if data.value is None else key(data.value[:, :, None, None]), operands,
                    self.cut(q_pos[:, None, None, :, None], Spec(q_pos.shape[0] > 1, False, False, True, False, False)),
                    self.cut(k_pos[:, None, None, None, :], Spec(k_pos.shape[0] > 1, False, False, False, True, False)),
@@ -214,7 +225,7 @@ class Selected:
         b, k, g, t, _ = data.query.shape
         cut, m, lanes = self._cut(data, rows), self.entries, self.lanes
         nq = -(-t // self.tiling.bq)
-        count, heads = b * k * lanes * nq, g // lanes
+        count, heads, padding = b * k * lanes * nq, g // lanes, cut.key.lead[4] - 1
         table = cut.operands.mask[0]
         axes = jax.tree.map(lambda x: 0 if x.grouped else None, cut.operands, is_leaf=is_blocked)
         over_heads = lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None, None, 0, At(None, 0, None, None), axes)))
@@ -223,16 +234,17 @@ class Selected:
         def chunk(total, n):
             index = [x[:, None] for x in jnp.unravel_index(jnp.minimum(n, count - 1), (b, k, lanes, nq))]
             head = (data.origin[1] + index[1]) * g + index[2] + jnp.arange(heads, dtype=jnp.int32)
-            here = Place(*index, jnp.arange(table.array.shape[4])[None], None, At(data.origin[0] + index[0][:, 0], head, None, None))
+            here = Place(*index, jnp.arange(table.lead[4])[None], None, At(data.origin[0] + index[0][:, 0], head, None, None))
             query_positions = jnp.where((n < count)[:, None, None], cut.query_positions.read(here)[:, 0], -1)
             here = here._replace(at=here.at._replace(query=query_positions))
             row = lambda x: x.read(here)[:, :, :, 0]
             q, mine = row(cut.query), jax.tree.map(row, cut.rows, is_leaf=is_blocked)
             chosen = table.blocks(here).reshape(len(n), -1)
+            chosen = jnp.where(chosen < 0, padding, chosen)
 
             def step(slab, state):
                 entry = slab * m + jnp.arange(m, dtype=jnp.int32)[None]
-                place = here._replace(entry=entry, chosen=jnp.maximum(lax.dynamic_slice_in_dim(chosen, slab * m, m, 1), 0))
+                place = here._replace(entry=entry, chosen=lax.dynamic_slice_in_dim(chosen, slab * m, m, 1))
                 place = place._replace(at=place.at._replace(key=cut.key_positions.read(place)[:, 0]))
                 column = lambda x: x.read(place)[:, 0, 0]
                 v = None if cut.value is None else column(cut.value)
@@ -244,8 +256,7 @@ class Selected:
             if differentiable:
                 state, _ = lax.scan(jax.checkpoint(lambda state, slab: (step(slab, state), None)), state, jnp.arange(slabs, dtype=jnp.int32))
             else:  # the entries of a row that are not -1 come first
-                most = jnp.max((chosen >= 0).sum(1))
-                state = lax.fori_loop(0, (most + m - 1) // m, step, state)
+                state = lax.fori_loop(0, (jnp.max((chosen < padding).sum(1)) + m - 1) // m, step, state)
             total, carry = state
             return total, each_head(finish)(carry)
 

@@ -69,7 +69,7 @@ def make_train_step(loss, optimizer: optax.GradientTransformation, *, accumulate
         (total, count), grads = (gradient if accumulate == 1 else accumulated)(state.params, batch, key)
         grads = jax.tree.map(lambda g: (g / jnp.maximum(count, 1)).astype(g.dtype), grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": total / jnp.maximum(count, 1), "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / jnp.maximum(count, 1), "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.operands import LANES, Window, block, column, form, line, matrix, spread, wide, window
+from pallas_kernels.flash.operands import LANES, block, column, form, line, matrix, spread, wide, window
 from pallas_kernels.flash.schedule import FULL, PARTIAL, Schedule, unpack
 from pallas_kernels.parts import At, Blocks, Spec
 
@@ -39,7 +39,7 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """What a tile reads: windows, and inside a kernel the refs to their blocks."""
+    """What a tile reads."""
 
     query: Any
     key: Any
@@ -96,6 +96,7 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
         jax.tree.map(lambda x: line(x[..., 0], "bkg", "i", plan.bq, turned=not by_key) if x.shape[-1] == 1 else matrix(x, "bkg", "i", plan.bq), rows),
         positions, [window(x, f, plan.bq, plan.bk, by_key) for x, f in zip(leaves, forms)])
     read, inputs_tree = jax.tree.flatten(inputs)
+    slots = jax.tree.unflatten(inputs_tree, range(len(read)))  # which of the refs each is
     written, outputs_tree = jax.tree.flatten(outputs)
     kept, scratch_tree = jax.tree.flatten(scratch)
     inside = order[order.index("s") + 1:]  # what changes while an outer block stays; the rest is turned once for each of those
@@ -124,16 +125,15 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
             x = columns[turned.index(n)][:, :1] if n in turned else column(ins[n][...])
             return x.astype(read[n].array.dtype)
 
+        def operand(n, f):
+            return block(spread(ins[n], here.offset, plan.bq, plan.bk) if f.kind == "offset" else load(n), f, by_key)
+
         def tile():
-            offsets = {id(ref) for ref, f in zip(jax.tree.unflatten(inputs_tree, ins).operands, forms) if f.kind == "offset"}
-            values = jax.tree.unflatten(inputs_tree, [None if id(ref) in offsets else load(n) for n, ref in enumerate(ins)])
-            where = values.positions or (_consecutive(query_start, here.i, plan.bq, plan.queries, by_key),
-                                         _consecutive(key_start, here.j, plan.bk, plan.keys, not by_key))
-            refs = jax.tree.unflatten(inputs_tree, ins).operands
-            blocks = [block(spread(ref, here.offset, plan.bq, plan.bk) if f.kind == "offset" else x, f, by_key)
-                      for x, ref, f in zip(values.operands, refs, forms)]
-            at_tile = At(origin[0] + here.b, (origin[1] + here.k) * g + here.g, *where)
-            return (values.query, values.key, values.value, values.rows, at_tile, jax.tree.unflatten(structure, blocks), (seed[0], seed[1]))
+            q, k, v, rows, where = jax.tree.map(load, slots._replace(operands=None))[:5]
+            where = where or (_consecutive(query_start, here.i, plan.bq, plan.queries, by_key),
+                              _consecutive(key_start, here.j, plan.bk, plan.keys, not by_key))
+            blocks = jax.tree.unflatten(structure, [operand(n, f) for n, f in zip(slots.operands, forms)])
+            return q, k, v, rows, At(origin[0] + here.b, (origin[1] + here.k) * g + here.g, *where), blocks, (seed[0], seed[1])
 
         step(here, tile, jax.tree.unflatten(outputs_tree, outs), jax.tree.unflatten(scratch_tree, kept))
 
@@ -142,6 +142,8 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
     start = [jnp.zeros(w.array.shape, w.array.dtype) for w in written] if zeroed else []
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))  # over the axes of a shard_map around this
     per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
+    scalars = (timetable.steps.reshape(-1), data.query_positions[:, ::plan.bq].reshape(-1), data.key_positions[:, ::plan.bk].reshape(-1),
+               data.seed, data.origin)
     out = pl.pallas_call(
         kernel, [jax.ShapeDtypeStruct(w.array.shape, w.array.dtype, **per_device) for w in written],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -151,7 +153,7 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
         input_output_aliases={5 + len(read) + n: n for n in range(len(start))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=tuple("parallel" if axis < order.index("s") else "arbitrary" for axis in range(4))),
         interpret=plan.interpret, name=name,
-    )(timetable.steps.reshape(-1), data.query_positions[:, ::plan.bq].reshape(-1), data.key_positions[:, ::plan.bk].reshape(-1), data.seed, data.origin, *arrays, *start)
+    )(*scalars, *arrays, *start)
     return jax.tree.unflatten(outputs_tree, out)
 
 

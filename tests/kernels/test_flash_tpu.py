@@ -33,7 +33,7 @@ def affine(s, at, numbers, features):
 
 
 def normal(*shape, seed=7):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+    return jax.random.normal(jax.random.key(seed), shape, float)
 
 
 def documents():
@@ -87,13 +87,36 @@ def test_bfloat16_is_as_good_as_blockwise():
     agreement.assert_agree(got, exact, 2e-2)
 
 
-def test_simulated_core_has_no_races():
+def test_simulated_core_has_no_races(capfd):
     """Memory spaces, copies and semaphores simulated; reading what was never written gives NaN."""
     args = agreement.arrays(jnp.float32, batch=1, queries=200, keys=200, heads=2, kv_heads=1, size=8, value_size=8)
-    options = dict(mask=masks.causal(), scores=scores.bias(normal(200, 200).astype(jnp.float32)))
+    options = dict(mask=masks.causal() & masks.lengths(query_lengths=100), scores=scores.bias(normal(200, 200)))  # the second block has no tile
     with fused.forced(pltpu.InterpretParams(detect_races=True)):
         got = agreement.evaluate(*args, implementation="pallas", block_sizes=(128, 128), **options)
     agreement.assert_agree(got, agreement.reference(*args, **options), 1e-5)
+    assert "RACE" not in capfd.readouterr().out  # all that the simulator does about one is to print
+
+
+def test_transformations():
+    """shard_map over the batch, vmap over traced documents, remat."""
+    q, k, v, _ = agreement.arrays(jnp.float32, batch=2, queries=130, keys=130, heads=2, kv_heads=1, size=8, value_size=8)
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 130), 0, 3))
+
+    def one(q, k, v, ids, implementation):
+        return attnx.attention(q[None], k[None], v[None], mask=masks.documents(ids), implementation=implementation)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(implementation, *args):
+        def local(q, k, v, ids):
+            return jax.vmap(jax.checkpoint(functools.partial(one, implementation=implementation)))(q, k, v, ids)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("data")
+        # the interpreter of kernels, unlike their compiler, cannot have scalars checked that differ between devices
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.grad(lambda q, k, v: jnp.sum(sharded(q, k, v, ids) ** 2), (0, 1, 2))(*args)
+
+    with fused.forced():
+        agreement.assert_agree(gradient("pallas", q, k, v), gradient("reference", q, k, v), 1e-5)
 
 
 @pytest.mark.parametrize("by_key", [False, True])

@@ -21,13 +21,17 @@ def inputs(seed=0, dtype=jnp.float32):
     return x[:, :T], context[:, :S]
 
 
-def randomise(module, seed=7):
-    """Every parameter drawn anew, so that no bias is zero and no scale one."""
-    state = nnx.state(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    nnx.update(module, jax.tree.unflatten(tree, [jax.random.normal(k, p.shape, p.dtype) / 2 for k, p in zip(keys, leaves)]))
-    return module
+def build(mechanism, **options):
+    """A layer with every option, its parameters drawn anew so that no bias is zero and no scale one."""
+    @nnx.jit
+    def make():
+        module = Attention(D, N, mechanism=mechanism, rngs=nnx.Rngs(0), **EVERYTHING, **options)
+        leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+        keys = jax.random.split(jax.random.key(7), len(leaves))
+        nnx.update(module, jax.tree.unflatten(tree, [jax.random.normal(k, p.shape, p.dtype) / 2 for k, p in zip(keys, leaves)]))
+        return module
+
+    return make()
 
 
 def definition(params, x, context, positions, key_positions, causal):
@@ -54,8 +58,7 @@ def definition(params, x, context, positions, key_positions, causal):
 @pytest.mark.parametrize("cross", [False, True])
 def test_equals_its_definition_with_gradients(cross):
     with jax.enable_x64(True):
-        module = randomise(Attention(D, N, mechanism=FULL if cross else CAUSAL, param_dtype=jnp.float64,
-                                     rngs=nnx.Rngs(0), **EVERYTHING))
+        module = build(FULL if cross else CAUSAL, param_dtype=jnp.float64)
         x, context = inputs(dtype=jnp.float64)
         positions = jnp.array([[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]])
         key_positions = jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]) if cross else positions
@@ -103,7 +106,7 @@ def test_initial_values_are_those_of_flax():
 
 @pytest.fixture(scope="module")
 def everything():
-    return randomise(Attention(D, N, mechanism=CAUSAL, rngs=nnx.Rngs(0), **EVERYTHING))
+    return build(CAUSAL)
 
 
 @nnx.jit
@@ -147,7 +150,7 @@ def test_steps_equal_the_call(everything):
 
 
 def test_cross_attention_steps_equal_the_call():
-    module = randomise(Attention(D, N, mechanism=FULL, rngs=nnx.Rngs(0), **EVERYTHING))
+    module = build(FULL)
     x, context = inputs()
     where = dict(context=context, context_positions=jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, -1, -1]]))
     expected = call(module, x, **where)
@@ -230,9 +233,7 @@ class Learned(nnx.Module):
 
 def test_mechanisms_with_arrays_and_parameters():
     x, _ = inputs()
-    plain = Attention(D, N, mechanism=CAUSAL, rngs=nnx.Rngs(0))
-    held = Attention(D, N, mechanism=Scaled(jnp.array(3.0)), rngs=nnx.Rngs(0))
-    learned = Attention(D, N, mechanism=Learned, rngs=nnx.Rngs(0))
+    plain, held, learned = (Attention(D, N, mechanism=m, rngs=nnx.Rngs(0)) for m in (CAUSAL, Scaled(jnp.array(3.0)), Learned))
     np.testing.assert_allclose(call(held, x), 3 * call(plain, x), atol=1e-5)
     np.testing.assert_allclose(call(learned, x), 3 * call(plain, x), atol=1e-5)
     state, out = step(held, held.init_state(B, T), x)

@@ -36,7 +36,7 @@ def step(module, state, x):
 
 @pytest.mark.parametrize("norm_position, norm", [("pre", "rms"), ("post", "layer")])
 def test_block_is_its_equation(norm_position, norm):
-    block = make_block(cross=True, norm=norm, norm_position=norm_position, rngs=nnx.Rngs(0))
+    block = nnx.jit(lambda: make_block(cross=True, norm=norm, norm_position=norm_position, rngs=nnx.Rngs(0)))()
 
     @nnx.jit
     def by_hand(b, x, context):
@@ -76,13 +76,14 @@ def test_dropout():
 
 
 def test_dropout_reaches_every_layer_differently_and_is_repeatable():
-    stack = Stack(functools.partial(make_block, dropout_rate=0.5), 2, rngs=nnx.Rngs(0))
+    build = nnx.jit(lambda: Stack(functools.partial(make_block, dropout_rate=0.5), 2, rngs=nnx.Rngs(0)))
+    stack = build()
     a, b, again = (call(stack, X, dropout_key=jax.random.key(seed)) for seed in (1, 2, 1))
     assert (a == again).all() and (a != b).any()
     # With the input's own contribution removed, a layer that repeated the mask of the one before would leave zeros in common.
     seen = []
     for layer in range(2):
-        one = Stack(functools.partial(make_block, dropout_rate=0.5), 2, rngs=nnx.Rngs(0))
+        one = build()
         for module in (one.blocks[0].attention.out, one.blocks[0].mlp.down):
             module.kernel[...] = module.kernel[...].at[1 - layer].set(0)
         seen.append(call(one, X, dropout_key=jax.random.key(1)) == X)
@@ -114,17 +115,17 @@ def test_scan_equals_loop_with_gradients():
         return out, pull(jnp.cos(out))
 
     with jax.enable_x64(True):
-        graph, params = nnx.split(stack())
+        graph, params = nnx.split(nnx.jit(stack)())
         expected = jax.jit(lambda: both(looped))()
-        for options in (dict(), dict(unroll=True), dict(remat="nothing_saveable")):
-            other, _ = nnx.split(stack(**options))
+        for options in (dict(), dict(unroll=True, remat="nothing_saveable")):
+            other, _ = nnx.split(nnx.eval_shape(lambda: stack(**options)))
             ours = jax.jit(lambda: both(lambda params, x: nnx.merge(other, params)(x)))()
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), ours, expected)
 
 
 def test_remat_keeps_less():
     def kept(remat):
-        graph, params = nnx.split(Stack(make_block, 2, remat=remat, rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(nnx.eval_shape(lambda: Stack(make_block, 2, remat=remat, rngs=nnx.Rngs(0))))
         residuals = jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: nnx.merge(graph, p)(x), p, x)[1], params, X)
         return sum(r.size for r in jax.tree.leaves(residuals)) - sum(p.size for p in jax.tree.leaves(params))
 
@@ -132,7 +133,7 @@ def test_remat_keeps_less():
 
 
 def test_stack_steps_equal_the_call():
-    stack = Stack(functools.partial(make_block, cross=True), 3, rngs=nnx.Rngs(0))
+    stack = nnx.jit(lambda: Stack(functools.partial(make_block, cross=True), 3, rngs=nnx.Rngs(0)))()
     expected = call(stack, X, context=CONTEXT)
     state = nnx.jit(lambda m, c: m.init_state(B, T, context=c))(stack, CONTEXT)
     for t in range(T):
@@ -141,7 +142,7 @@ def test_stack_steps_equal_the_call():
 
 
 def test_layers_differ_and_carry_their_axis():
-    stack = Stack(make_block, 3, rngs=nnx.Rngs(0))
+    stack = nnx.jit(lambda: Stack(make_block, 3, rngs=nnx.Rngs(0)))()
     kernel = stack.blocks[0].attention.query.kernel
     assert kernel.shape == (3, D, N, D // N) and (kernel[...][0] != kernel[...][1]).any()
     for _, spec in nnx.to_flat_state(nnx.get_partition_spec(nnx.state(stack))):

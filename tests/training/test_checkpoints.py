@@ -1,6 +1,6 @@
 """Checkpoints: complete, verified, and the one before where one is not."""
 
-import json
+import resource
 import shutil
 
 import jax
@@ -101,11 +101,18 @@ def test_another_model_is_no_damage(path):
         assert checkpoints.steps() == [2, 4, 5]
 
 
-def test_a_disk_that_cannot_be_written_is_one_clear_error(path):
+def test_a_full_disk_is_one_clear_error(path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(path) as checkpoints:
-        (path / "6").write_text("in the way")  # a file where the folder has to be
-        with pytest.raises(TrainingError, match=r"cannot write a checkpoint in .*; the last good one is .*/5"):
-            checkpoints.save(6, STATE, loss=1.0)
-            checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file of this process may be longer
+        try:
+            with pytest.raises(TrainingError, match=r"cannot write a checkpoint in .*; the last good one is .*/5"):
+                checkpoints.save(6, STATE, loss=1.0)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert checkpoints.steps() == [2, 4, 5]
-        assert json.loads((path / "5.json").read_text())["note"]["step"] == 5
+        checkpoints.save(6, scaled(6), loss=1.0)  # space has been made
+        same(checkpoints.restore(STATE, 5).state, scaled(5))
+        checkpoints.wait()
+        same(checkpoints.restore(STATE).state, scaled(6))

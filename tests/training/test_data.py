@@ -2,13 +2,15 @@
 
 import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attnx.training import Corpus, DataError, Windows, batches, read, spans
+
+
+HELD = {"file13", "file14", "file15", "file16", "file20", "file22", "file24", "file26", "file34", "file38", "file6", "file7", "file8"}
 
 
 @pytest.fixture
@@ -25,17 +27,13 @@ def folder(tmp_path):
 def test_whole_files_are_held_out_by_name_alone(folder):
     train, held = read(folder).split(0.3)
     assert len(train.names) + len(held.names) == 40 and not set(train.names) & set(held.names)
-    assert 4 <= len(held.names) <= 20
     for corpus in (train, held):
         for i, name in enumerate(corpus.names):
             assert corpus.file(i).tobytes() == b"\0" + (folder / name).read_bytes()
     (folder / "another.txt").write_text("one more")
     again = read(folder).split(0.3)[1]
     assert set(held.names) <= set(again.names) <= {*held.names, "another.txt"}
-    # Another process, with another seed of its hashes, says the same.
-    code = f"from attnx.training import read; import json; print(json.dumps(read({str(folder)!r}).split(0.3)[1].names))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(other) == list(again.names)
+    assert {Path(name).stem for name in held.names} == HELD  # today, tomorrow and on every machine
 
 
 def test_some_file_is_always_held_out_and_some_is_not():

@@ -71,12 +71,14 @@ def test_muon_orthogonalises_matrices_between_the_stream_and_the_heads():
         singular = jnp.linalg.svd(matrix, compute_uv=False) / np.sqrt(max(1, matrix.shape[2] / matrix.shape[1]))
         assert ((0.6 < singular) & (singular < 1.3)).all(), name
     for name in ("bias", "table", "norm"):
-        np.testing.assert_allclose(abs(updates[name][...]), 1e-3, rtol=1e-3)  # Adam's first step has the size of its rate
+        size = abs(updates[name][...])  # Adam's first step is its rate times the gradient's sign, but for Nesterov's momentum
+        np.testing.assert_allclose(size, size.mean(), rtol=1e-3)
+        assert 1e-3 <= size.mean() < 2e-3
 
 
 def test_adamw_decays_matrices_alone():
     params = nnx.State({"matrix": variable((2, 4, 3), "layers", "embed", "mlp"), "norm": variable((2, 4), "layers", "embed")})
     optimizer = adamw(1.0, weight_decay=0.1)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"][...], -0.1 * params["matrix"][...], rtol=1e-6)
     assert not updates["norm"][...].any()
