@@ -49,6 +49,7 @@ class LanguageModel:
       seed: of the initial parameters.
 
     Attributes:
+      mechanism: as given.
       init: a function that makes the initial parameters.
       abstract: their shapes.
     """
@@ -61,6 +62,7 @@ class LanguageModel:
         def make():
             return nnx.split(Decoder(config, mechanism, rngs=nnx.Rngs(seed)), nnx.Param, ...)
 
+        self.mechanism = mechanism
         self.init = lambda: make()[1]
         self._graph, self.abstract, _ = jax.eval_shape(make)
         self._rest = jax.jit(lambda: make()[2])()

@@ -13,39 +13,45 @@ separated by the middle of exactly one dyadic block, and its exponent is the sum
 of log-decays, at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
 costs no more than rounding, per head or per channel, and all work is matrix products: C^2 H / 2 multiplications, half as many as q k^T.
 
-The functions take any number L of chunks (those of several heads, or the one of a kernel's program), are plain ``jax.numpy`` and may
-be differentiated any number of times in both modes; the backward chunk is ``jax.vjp`` of :func:`chunk`.
+The functions take any number L of chunks (those of several heads, or the one of a kernel's program) and G queries per token and state: rows
+``t G .. t G + G - 1`` of the queries are those of token t. They are plain ``jax.numpy`` on arrays of three axes and may be differentiated any
+number of times in both modes; the backward chunk is ``jax.vjp`` of :func:`chunk`.
 """
 
 import jax.numpy as jnp
+
+
+def _rows(x, query):
+    """``x`` [.., tokens, .] for each row of ``query`` [.., tokens G, .]."""
+    return jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2)
 
 
 def decayed_scores(query, key, log_decay):
     """The scores of chunks, <q_i * exp(g_(j+1) + ... + g_i), k_j> for j <= i and 0 otherwise, and the sums of g from and to their borders.
 
     Args:
-      query: [L, G, C, H], C a power of two.
+      query: [L, C G, H], C a power of two.
       key, log_decay: [L, C, H].
 
     Returns:
-      ``(scores [L, G, C, C], since [L, C, H], until [L, C, H])``: ``since_i = g_1 + ... + g_i`` is what a state that arrives has lost by
+      ``(scores [L, C G, C], since [L, C, H], until [L, C, H])``: ``since_i = g_1 + ... + g_i`` is what a state that arrives has lost by
       token i, ``until_i = g_(i+1) + ... + g_C`` what the contribution of token i loses until the end of the chunk.
     """
-    size, heads = query.shape[2:]
+    chunks, size, _ = key.shape
     # Blocks of 1, 2, 4, ... tokens, [blocks, tokens, .]: those of one size are joined in pairs to those of the next.
-    scores = jnp.einsum("lgch,lch->lcg", query, key).reshape(-1, query.shape[1], 1, 1)
-    query = jnp.moveaxis(query, 1, 2).reshape(-1, 1, query.shape[1], heads)
-    key, since = key.reshape(-1, 1, heads), log_decay.reshape(-1, 1, heads)
+    query, key, since = (x.reshape(chunks * size, x.shape[1] // size, x.shape[2]) for x in (query, key, log_decay))
     until = jnp.zeros_like(since)
+    scores = jnp.sum(query * key, axis=2, keepdims=True)
     while key.shape[1] < size:
-        across = jnp.einsum("nigh,njh->ngij", query[1::2] * jnp.exp(since[1::2])[:, :, None], key[::2] * jnp.exp(until[::2]))
-        upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=3)
-        lower = jnp.concatenate([across, scores[1::2]], axis=3)
-        scores = jnp.concatenate([upper, lower], axis=2)
+        late, early = query[1::2] * jnp.exp(_rows(since, query)[1::2]), key[::2] * jnp.exp(until[::2])
+        across = jnp.einsum("nih,njh->nij", late, early)
+        upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=2)
+        lower = jnp.concatenate([across, scores[1::2]], axis=2)
+        scores = jnp.concatenate([upper, lower], axis=1)
         total = since[:, -1:]
         since = jnp.concatenate([since[::2], since[1::2] + total[::2]], axis=1)
         until = jnp.concatenate([until[::2] + total[1::2], until[1::2]], axis=1)
-        query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:]) for x in (query, key))
+        query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], x.shape[2]) for x in (query, key))
     return scores, since, until
 
 
@@ -55,22 +61,24 @@ def chunk(query, key, value, log_decay):
         o = out + query S,        S <- keep * S + added
 
     Args:
-      query: [L, G, C, H], the queries of G heads on the same state; C a power of two.
+      query: [L, C G, H], C a power of two.
       key, value: [L, C, H], [L, C, Hv].
       log_decay: None (no decay), [L, C, 1] (one decay for the head) or [L, C, H] (one for each channel of the key); at most 0, -inf allowed.
 
     Returns:
-      ``out`` [L, G, C, Hv], the outputs without the state; ``query``, decayed; ``keep`` [L, 1 or H, 1], None without decay;
-      ``added`` [L, H, Hv].
+      ``out`` [L, C G, Hv], the outputs without the state; ``query``, decayed; ``keep`` [L, 1 or H, 1], None without decay; ``added`` [L, H, Hv].
     """
-    if log_decay is None:
-        scores = jnp.tril(jnp.einsum("lgih,ljh->lgij", query, key))
-        return jnp.einsum("lgij,ljv->lgiv", scores, value), query, None, jnp.einsum("ljh,ljv->lhv", key, value)
-    if log_decay.shape[2] == key.shape[2]:
+    keep = None
+    if log_decay is not None and log_decay.shape[2] == key.shape[2]:
         scores, since, until = decayed_scores(query, key, log_decay)
     else:
-        one = jnp.ones_like(log_decay)
-        decay, since, until = decayed_scores(one[:, None], one, log_decay)
-        scores = decay * jnp.einsum("lgih,ljh->lgij", query, key)
-    added = jnp.einsum("ljh,ljv->lhv", key * jnp.exp(until), value)
-    return jnp.einsum("lgij,ljv->lgiv", scores, value), query * jnp.exp(since)[:, None], jnp.exp(since[:, -1])[..., None], added
+        scores = jnp.einsum("lih,ljh->lij", query, key)
+        if log_decay is None:
+            scores *= _rows(jnp.tri(key.shape[1], dtype=scores.dtype), query)
+        else:
+            one = jnp.ones_like(log_decay)
+            decay, since, until = decayed_scores(one, one, log_decay)
+            scores *= _rows(decay, query)
+    if log_decay is not None:
+        query, key, keep = query * jnp.exp(_rows(since, query)), key * jnp.exp(until), jnp.exp(since[:, -1])[..., None]
+    return jnp.einsum("lij,ljv->liv", scores, value), query, keep, jnp.einsum("ljh,ljv->lhv", key, value)

@@ -98,8 +98,19 @@ def static(**kwargs):
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def part(cls):
-    """Class decorator: a frozen dataclass registered as a pytree whose non-static fields are its leaves."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=True)(cls))
+    """Class decorator: a frozen dataclass registered as a pytree whose non-static fields are its leaves.
+
+    Two are equal, and hash alike, where their static fields are and their arrays are the same objects: what compilation is keyed by.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls.__eq__ = lambda self, other: type(self) is type(other) and _identity(self) == _identity(other)
+    cls.__hash__ = lambda self: hash(_identity(self))
+    return jax.tree_util.register_dataclass(cls)
+
+
+def _identity(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(map(id, leaves))
 
 
 class Part:

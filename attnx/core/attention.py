@@ -13,7 +13,7 @@ from attnx.core import checks, cudnn, operations, reference
 from attnx.core.blockwise import Blockwise
 from attnx.core.fused import choose_fused
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
-from attnx.core.ring import choose_ring
+from attnx.core.ring import choose_ring, mesh_in_context
 from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
@@ -58,7 +58,8 @@ def attention(
       query_positions, key_positions: logical positions, int32 [T] or [B, T] ([S] or [B, S]); -1 is padding. 0, 1, 2, ... by default.
       implementation: "reference" (materialised, O(T S) memory, forward mode and hooks), "blockwise" (XLA fold, O(T) memory, any backend),
         "pallas" (fused kernels), "cudnn" (jax.nn's), "ring" (over the axis 'sequence' of the mesh in context; more to choose in
-        :func:`attnx.ring_attention`); None picks the best that serves the call.
+        :func:`attnx.ring_attention`); None picks the best that serves the call: the fold, over the devices of the mesh in context if there
+        is one (its axes 'data', 'fsdp', 'sequence', 'tensor', of type Auto).
       return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
         -inf for rows that attend to nothing. Exponential weights only.
       block_sizes: (queries, keys) of a tile in "blockwise", "ring" and "pallas" (there powers of two from 128); chosen by default.
@@ -187,14 +188,22 @@ def _choose(implementation, hooks):
         if implementation not in (None, "reference"):
             raise NotImplementedError(f"implementation={implementation!r} never holds the scores or weights that hooks act on; use 'reference' or None")
         return "reference"
-    return implementation or "blockwise"
+    return implementation
 
 
 def _executor(chosen, program, data, block_sizes):
     if chosen == "pallas":
         return choose_fused(program, data, block_sizes)
     tiling = choose_tiling(program, data, block_sizes)
-    return choose_ring(program, data, tiling) if chosen == "ring" else Blockwise(program, tiling)
+    if chosen == "ring":
+        return choose_ring(program, data, tiling)
+    mesh = mesh_in_context() if chosen is None else None
+    if mesh is None:
+        return Blockwise(program, tiling)
+    # The compiler would gather what a loop over blocks slices, so batch and heads are sharded here as well as the sequence.
+    spread = mesh.shape.get("sequence", 1)
+    whole = spread > 1 and min(program.sizes.queries, program.sizes.keys) >= spread
+    return choose_ring(program, data, tiling, mesh, "sequence" if whole else None)
 
 
 def no_tiles(program: Program) -> bool:

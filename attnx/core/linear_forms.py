@@ -78,20 +78,18 @@ def _slab(state, tokens, *, size, features):
     def cut(x):  # [B, M chunks, size, ...]
         return jnp.moveaxis(x.reshape(b, chunks, size, *x.shape[1:]), 3, 1).reshape(b, m * chunks, size, *x.shape[2:])
 
-    q, k, v, log_decay = jax.tree.map(cut, (q, k, v, log_decay))
-    out, q, *change = jax.vmap(linear_tile.chunk)(jnp.moveaxis(q, 3, 2), k, v, log_decay)
+    def by_chunk(x):
+        return jnp.moveaxis(x.reshape(b, m, chunks, *x.shape[2:]), 2, 0)
 
     def carry(state, change):
         keep, added = change
         return (state if keep is None else keep * state) + added, state
 
-    def by_chunk(x):
-        return jnp.moveaxis(x.reshape(b, m, chunks, *x.shape[2:]), 2, 0)
-
+    q, k, v, log_decay = jax.tree.map(cut, (q, k, v, log_decay))
+    out, q, *change = jax.vmap(linear_tile.chunk)(q.reshape(*q.shape[:2], size * q.shape[3], q.shape[4]), k, v, log_decay)
     state, arriving = lax.scan(carry, state, jax.tree.map(by_chunk, change), unroll=True)
-    arriving = jnp.moveaxis(arriving, 0, 2).reshape(b, m * chunks, *state.shape[2:])
-    out = out + jnp.einsum("blgih,blhv->blgiv", q, arriving)
-    out = jnp.moveaxis(out.reshape(b, m, chunks, *out.shape[2:]), (1, 3), (3, 4))
+    out = out + jnp.einsum("blih,blhv->bliv", q, jnp.moveaxis(arriving, 0, 2).reshape(b, m * chunks, *state.shape[2:]))
+    out = jnp.moveaxis(out.reshape(b, m, chunks, size, tokens[0].shape[1] // m, v.shape[-1]), 1, 3)
     return state, out.reshape(*tokens[0].shape[:2], v.shape[-1])
 
 

@@ -31,7 +31,7 @@ class Ring:
     program: Program
     tiling: Tiling
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-    axis: str
+    axis: str | None  # None where only batch and heads are sharded
     batch_axes: tuple[str, ...]
     head_axes: tuple[str, ...]
     zigzag: bool
@@ -40,7 +40,7 @@ class Ring:
     @property
     def devices(self) -> int:
         """P, the devices around the ring."""
-        return self.mesh.shape[self.axis]
+        return 1 if self.axis is None else self.mesh.shape[self.axis]
 
     def maximum(self, x):
         """The largest entry over all devices."""
@@ -155,10 +155,12 @@ class Ring:
 
     def _pass(self, tree, by=1):
         p = self.devices
+        if p == 1:
+            return tree
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, [(d, (d + by) % p) for d in range(p)]), tree)
 
     def _source(self, step):
-        return (lax.axis_index(self.axis) - step) % self.devices
+        return 0 if self.devices == 1 else (lax.axis_index(self.axis) - step) % self.devices
 
     # The two sweeps
 
@@ -194,7 +196,7 @@ class Ring:
         """As :meth:`attnx.core.blockwise.Blockwise.fold_keys`, over all devices."""
         on_device = Blockwise(self.program, self.tiling)
         specs = self.program.inexact_specs(data.operands)
-        everywhere = (self.axis, *self.batch_axes, *self.head_axes)
+        everywhere = (*([] if self.axis is None else [self.axis]), *self.batch_axes, *self.head_axes)
 
         def shared_over(spec):
             """Mesh axes over which an operand's gradient is a sum, because every device reads the same entries."""
@@ -249,14 +251,21 @@ class Ring:
         return dq, dk, dv, drows, [trim(x, like) for x, like in zip(operands, partition(data.operands)[0])]
 
 
-def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: str = "sequence", batch_axes=("data", "fsdp"), head_axes=("tensor",),
+def mesh_in_context():
+    """The mesh over which a call ought to be sharded by itself: the one in context, where it is left to the compiler and has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = not mesh.empty and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    return mesh if automatic and mesh.size > 1 else None
+
+
+def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: str | None = "sequence", batch_axes=("data", "fsdp"), head_axes=("tensor",),
                 zigzag: bool | None = None) -> Ring:
     """The ring for a call on a mesh (the one in context by default); axes that the mesh lacks or the call does not divide are left out."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if axis not in mesh.shape:
+    if axis is not None and axis not in mesh.shape:
         raise ValueError(f"axis_name: expected an axis of the mesh (one in context by jax.set_mesh, or mesh=...), got {axis!r} and a mesh with axes "
                          f"{tuple(mesh.shape)}")
-    p = mesh.shape[axis]
+    p = 1 if axis is None else mesh.shape[axis]
 
     def usable(axes, size):
         kept, count = [], 1

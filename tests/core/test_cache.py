@@ -18,7 +18,7 @@ def sequence():
 
 
 def mechanism(name):
-    bias = scores.t5_bias(jax.random.normal(jax.random.key(7), (8, 4)), max_distance=9)
+    bias = scores.t5_bias(jax.random.normal(jax.random.key(7), (8, 4), jnp.float32), max_distance=9)
     return {
         "contiguous": attnx.pairs(mask=masks.causal(), scores=bias, weights=weights.softmax(sink=0.1)),
         "rolling": attnx.pairs(mask=masks.sliding_window(4), scores=bias, implementation="blockwise"),
@@ -73,7 +73,7 @@ def test_contents():
 
 def test_prefill_longer_than_a_rolling_cache():
     """Only the last tokens stay."""
-    query, key, value = (x.astype(jnp.float32) for x in sequence())
+    query, key, value, _ = arrays(jnp.float32, queries=T, keys=T)
     state, _ = jax.jit(mechanism("rolling").step)(mechanism("rolling").init(2, T, 2, 5, 3, jnp.float32), query, key, value)
     assert sorted(state.positions.tolist()) == [7, 8, 9, 10] and state.next == T
     np.testing.assert_array_equal(state.key, key[:, state.positions])

@@ -109,3 +109,17 @@ def test_what_it_lacks_is_said():
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         loss = lambda q: jax.grad(lambda q: attnx.ring_attention(q, q, q, mesh=mesh_of(sequence=2)).sum())(q).sum()
         jax.grad(loss)(q)
+
+
+def test_a_mesh_in_context_is_used_by_itself():
+    """Sharded batch, heads and sequence stay where they are: no whole-array collectives, and the same numbers."""
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 64, 4, 8), (2, 64, 2, 8), (2, 64, 2, 8)]))
+    attend = jax.jit(lambda q, k, v: attnx.attention(q, k, v, mask=masks.causal()))
+    want = attend(q, k, v)
+    for sizes, spec in ((dict(data=2, sequence=2, tensor=2), ("data", "sequence", "tensor")), (dict(data=2, tensor=2), ("data", None, "tensor"))):
+        mesh = mesh_of(**sizes)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))) for x in (q, k, v)]
+            compiled = attend.lower(*placed).compile()
+            np.testing.assert_allclose(compiled(*placed), want, rtol=1e-5, atol=1e-6)
+        assert "all-gather" not in compiled.as_text()

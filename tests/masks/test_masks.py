@@ -107,10 +107,12 @@ def test_composition():
 
 
 def test_parts_are_pytrees():
-    """A mask is an argument like any other: arrays are leaves, the rest is static; equal statics share a compilation."""
-    assert [x.shape for x in jax.tree.leaves(MASKS["documents"][0] & masks.causal())] == [(B, T), (B, S)]
-    structure = jax.tree.structure
-    assert structure(masks.sliding_window(4)) == structure(masks.local(3, 0)) != structure(masks.sliding_window(5))
+    """A mask is an argument like any other: arrays are leaves, the rest is static; equal statics and the same arrays key compilation."""
+    documents = MASKS["documents"][0]
+    assert [x.shape for x in jax.tree.leaves(documents & masks.causal())] == [(B, T), (B, S)]
+    for one, same, other in ((masks.sliding_window(4), masks.local(3, 0), masks.sliding_window(5)),
+                             (documents & masks.causal(), documents & masks.causal(), masks.documents(documents.query_ids + 1) & masks.causal())):
+        assert one == same != other and hash(one) == hash(same) != hash(other)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -19,11 +19,6 @@ TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, 16)
 SOURCE = jax.random.randint(jax.random.key(1), (B, S), 0, 16)
 
 
-def compiled(make):
-    """Initial values by one program, which is quicker than one for each."""
-    return nnx.jit(make)()
-
-
 @nnx.jit
 def call(model, *args, **inputs):
     return model(*args, **inputs)
@@ -36,14 +31,14 @@ def step(model, state, tokens):
 
 @pytest.fixture(scope="module")
 def decoder():
-    return compiled(lambda: Decoder(SMALL, CAUSAL, rngs=nnx.Rngs(0)))
+    return Decoder(SMALL, CAUSAL, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
 def seq2seq():
     config = dataclasses.replace(SMALL, norm_position="post", norm="layer", mlp="relu", use_bias=True, position=None,
                                  position_embedding="sinusoidal", scale_embedding=True)
-    return compiled(lambda: EncoderDecoder(config, CAUSAL, encoder_mechanism=FULL, cross_mechanism=FULL, rngs=nnx.Rngs(0)))
+    return EncoderDecoder(config, CAUSAL, encoder_mechanism=FULL, cross_mechanism=FULL, rngs=nnx.Rngs(0))
 
 
 def test_decoder_is_causal(decoder):
@@ -69,7 +64,7 @@ def test_steps_equal_the_call(decoder, chunks):
 @pytest.mark.parametrize("mechanism", [pairs(mask=masks.causal()), pairs(mask=masks.sliding_window(3), scores=scores.alibi(4))])
 def test_any_mechanism(mechanism):
     """The engine's own choice of execution, a rolling cache, and a mechanism with arrays inside."""
-    model = compiled(lambda: Decoder(SMALL, mechanism, rngs=nnx.Rngs(0)))
+    model = Decoder(SMALL, mechanism, rngs=nnx.Rngs(0))
     expected = call(model, TOKENS)
     moved = call(model, TOKENS.at[:, 4].set((TOKENS[:, 4] + 1) % 16)) - expected
     assert (moved[:, :4] == 0).all()
@@ -101,7 +96,7 @@ def test_packed_documents_are_as_if_alone(decoder):
 
 
 def test_unrolled_and_rematerialised_are_the_same_model(decoder):
-    other = compiled(lambda: Decoder(dataclasses.replace(SMALL, unroll=True, remat="dots_saveable"), CAUSAL, rngs=nnx.Rngs(0)))
+    other = Decoder(dataclasses.replace(SMALL, unroll=True, remat="dots_saveable"), CAUSAL, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(call(other, TOKENS), call(decoder, TOKENS), atol=1e-5)
     tree = jax.tree.structure(nnx.to_pure_dict(nnx.state(decoder)))
     assert jax.tree.structure(nnx.to_pure_dict(nnx.state(other))) == tree
@@ -110,7 +105,7 @@ def test_unrolled_and_rematerialised_are_the_same_model(decoder):
 def test_alternating_mechanisms_and_options():
     config = dataclasses.replace(SMALL, num_layers=4, tie_embedding=False, qk_norm="layer", output_gate="channel", mlp="geglu",
                                  position=Rotary(fraction=0.5), position_embedding="learned", max_length=T)
-    model = compiled(lambda: Decoder(config, (CAUSAL, CAUSAL), rngs=nnx.Rngs(0)))
+    model = Decoder(config, (CAUSAL, CAUSAL), rngs=nnx.Rngs(0))
     assert len(model.layers.blocks) == 2 and model.layers.blocks[1].mlp.up.kernel.shape == (2, 16, 24)
     expected = call(model, TOKENS)
     state, logits = step(model, model.init_state(B, T), TOKENS)
@@ -133,7 +128,7 @@ def test_dtypes():
 
 
 def test_dropout_needs_only_a_key(decoder):
-    model = compiled(lambda: Decoder(dataclasses.replace(SMALL, dropout_rate=0.5), CAUSAL, rngs=nnx.Rngs(0)))
+    model = Decoder(dataclasses.replace(SMALL, dropout_rate=0.5), CAUSAL, rngs=nnx.Rngs(0))
     assert (call(model, TOKENS) == call(decoder, TOKENS)).all()
     a, b, again = (call(model, TOKENS, dropout_key=jax.random.key(seed)) for seed in (1, 2, 1))
     assert (a == again).all() and (a != b).any()
@@ -143,7 +138,7 @@ def test_learns():
     """A few steps of gradient descent on a sequence that repeats."""
     config = dataclasses.replace(SMALL, num_layers=1)
     tokens = jnp.tile(jnp.arange(4), (B, 2))
-    graph, params = nnx.split(compiled(lambda: Decoder(config, CAUSAL, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(Decoder(config, CAUSAL, rngs=nnx.Rngs(0)))
 
     def loss(params):
         logits = nnx.merge(graph, params)(tokens[:, :-1])
@@ -158,12 +153,12 @@ def test_learns():
 
 
 def test_encoder_ignores_padding_and_order():
-    model = compiled(lambda: Encoder(dataclasses.replace(SMALL, position=None), FULL, rngs=nnx.Rngs(0)))
+    model = Encoder(dataclasses.replace(SMALL, position=None), FULL, rngs=nnx.Rngs(0))
     order = jax.random.permutation(jax.random.key(2), T)
     out = call(model, TOKENS)
     assert out.shape == (B, T, 16)
     np.testing.assert_allclose(call(model, TOKENS[:, order]), out[:, order], atol=1e-5)
-    positioned = compiled(lambda: Encoder(SMALL, FULL, rngs=nnx.Rngs(0)))
+    positioned = Encoder(SMALL, FULL, rngs=nnx.Rngs(0))
     assert abs(call(positioned, TOKENS[:, order]) - call(positioned, TOKENS)[:, order]).max() > 1e-3
     padded = jnp.where(jnp.arange(T) < 5, jnp.arange(T), -1)
     a, b = (call(positioned, jnp.where(padded >= 0, TOKENS, filler), padded) for filler in (0, 9))

@@ -36,7 +36,7 @@ def step(module, state, x):
 
 @pytest.mark.parametrize("norm_position, norm", [("pre", "rms"), ("post", "layer")])
 def test_block_is_its_equation(norm_position, norm):
-    block = nnx.jit(lambda: make_block(cross=True, norm=norm, norm_position=norm_position, rngs=nnx.Rngs(0)))()
+    block = make_block(cross=True, norm=norm, norm_position=norm_position, rngs=nnx.Rngs(0))
 
     @nnx.jit
     def by_hand(b, x, context):
@@ -133,7 +133,7 @@ def test_remat_keeps_less():
 
 
 def test_stack_steps_equal_the_call():
-    stack = nnx.jit(lambda: Stack(functools.partial(make_block, cross=True), 3, rngs=nnx.Rngs(0)))()
+    stack = Stack(functools.partial(make_block, cross=True), 3, rngs=nnx.Rngs(0))
     expected = call(stack, X, context=CONTEXT)
     state = nnx.jit(lambda m, c: m.init_state(B, T, context=c))(stack, CONTEXT)
     for t in range(T):
@@ -142,7 +142,7 @@ def test_stack_steps_equal_the_call():
 
 
 def test_layers_differ_and_carry_their_axis():
-    stack = nnx.jit(lambda: Stack(make_block, 3, rngs=nnx.Rngs(0)))()
+    stack = Stack(make_block, 3, rngs=nnx.Rngs(0))
     kernel = stack.blocks[0].attention.query.kernel
     assert kernel.shape == (3, D, N, D // N) and (kernel[...][0] != kernel[...][1]).any()
     for _, spec in nnx.to_flat_state(nnx.get_partition_spec(nnx.state(stack))):

@@ -15,14 +15,9 @@ CONFIG = TransformerConfig(vocab_size=16, features=16, num_layers=3, num_heads=4
 TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, 16)
 
 
-def compiled(make):
-    """Initial values by one program, which is quicker than one for each."""
-    return nnx.jit(make)()
-
-
 @pytest.fixture(scope="module")
 def model():
-    return compiled(lambda: Decoder(CONFIG, CAUSAL, rngs=nnx.Rngs(0)))
+    return Decoder(CONFIG, CAUSAL, rngs=nnx.Rngs(0))
 
 
 plain = nnx.jit(lambda m: m(TOKENS))
@@ -109,7 +104,7 @@ def test_gradients_flow_through_hooks(model):
 
 
 def test_cross_attention_has_stages_of_its_own():
-    model = compiled(lambda: EncoderDecoder(CONFIG, CAUSAL, encoder_mechanism=FULL, cross_mechanism=FULL, rngs=nnx.Rngs(0)))
+    model = EncoderDecoder(CONFIG, CAUSAL, encoder_mechanism=FULL, cross_mechanism=FULL, rngs=nnx.Rngs(0))
 
     def run(source, hooks=None):
         return nnx.jit(lambda m, s: m(s, TOKENS, hooks=hooks))(model, source)
@@ -134,7 +129,7 @@ class Silent:
 
 
 def test_stages_that_do_not_exist_are_named():
-    model = compiled(lambda: Decoder(CONFIG, Silent(), rngs=nnx.Rngs(0)))
+    model = Decoder(CONFIG, Silent(), rngs=nnx.Rngs(0))
     assert call(model, {"output": lambda value, layer, at: value}).shape == (B, T, 16)
     with pytest.raises(NotImplementedError, match="Silent does not evaluate query-key pairs and has no stage 'weights'"):
         model(TOKENS, hooks={"weights": lambda value, layer, at: value})

@@ -70,7 +70,7 @@ def test_eight_devices_do_as_one(alone, tmp_path):
         abstract = jax.eval_shape(make)
         template = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), abstract, shardings(other, abstract))
         restored = checkpoints.restore(template).state
-    assert restored.params["embedding"]["table"][...].sharding.spec == P(None, "fsdp")
+    assert len({str(shard.index) for shard in restored.params["embedding"]["table"][...].addressable_shards}) == 8
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), jax.device_get(restored.params), jax.device_get(state.params))
 
 
