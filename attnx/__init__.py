@@ -4,10 +4,10 @@ from attnx import masks, scores, weights
 from attnx.core.attention import attention, ring_attention
 from attnx.core.halves import apply, attend_scores, attention_weights, merge, row_statistics
 from attnx.dot_product import dot_product_attention
-from attnx.mechanism import Mechanism, pairs
+from attnx.mechanism import Mechanism, pairs, recurrent
 from pallas_kernels.parts import At, Operand
 
 __version__ = "0.1.0"
 
 __all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "dot_product_attention", "masks", "merge", "pairs",
-           "ring_attention", "row_statistics", "scores", "weights"]
+           "recurrent", "ring_attention", "row_statistics", "scores", "weights"]

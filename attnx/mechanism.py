@@ -1,13 +1,17 @@
 """What a model is handed: a mechanism with a parallel form and a streaming form, whatever engine it runs on."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from attnx.core import cache
+from attnx.core import cache, linear
 from attnx.core.attention import IMPLEMENTATIONS, attention
-from attnx.core.checks import check_choice, check_dropout_rate, check_parts, check_scale
+from attnx.core.checks import check_choice, check_dropout_rate, check_function, check_parts, check_real, check_scale
+from attnx.core.ring import mesh_in_context, usable_axes
 from attnx.masks.documents import documents
 from pallas_kernels.parts import Mask, Score, Softmax, Weights, part, static
 
@@ -87,3 +91,69 @@ def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), 
         scale = check_scale(scale, 1)
     dropout_rate = check_dropout_rate(dropout_rate)
     return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)
+
+
+@part
+class Recurrent:
+    """See :func:`recurrent`. A pytree; its array is the decay."""
+
+    log_decay: Any = None
+    feature_map: Callable | None = static(default=None)
+    normalize: bool = static(default=False)
+    scale: float | None = static(default=None)
+
+    def _options(self):
+        return dict(log_decay=self.log_decay, feature_map=self.feature_map, scale=self.scale)
+
+    def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None):
+        if query_positions is not None:  # order is all that counts, but padding is skipped
+            ids = jnp.zeros(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            segment_ids = jnp.where(jnp.broadcast_to(query_positions, ids.shape) < 0, -1, ids)
+        attend = partial(linear.linear_attention, normalize=self.normalize)
+        mesh = mesh_in_context()
+        if mesh is None:
+            return attend(query, key, value, segment_ids=segment_ids, **self._options())
+        batch, heads = usable_axes(mesh, ("data", "fsdp"), query.shape[0]), usable_axes(mesh, ("tensor",), key.shape[2])
+        sequence = usable_axes(mesh, ("sequence",), query.shape[1])
+        tokens, whole = PartitionSpec(batch, sequence, heads, None), PartitionSpec(heads)
+
+        def shard(query, key, value, segment_ids, log_decay):
+            return attend(query, key, value, segment_ids=segment_ids, axis_name="sequence" if sequence else None,
+                          **self._options() | {"log_decay": log_decay})
+
+        specs = (tokens, tokens, tokens, None if segment_ids is None else PartitionSpec(batch, sequence), None if self.log_decay is None else whole)
+        return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(query, key, value, segment_ids, self.log_decay)
+
+    def init(self, batch, max_length, kv_heads, key_size, value_size, dtype):
+        if self.feature_map is not None:
+            key_size = jax.eval_shape(self.feature_map, jax.ShapeDtypeStruct((1, key_size), jnp.float32)).shape[-1]
+        heads = kv_heads if self.log_decay is None else self.log_decay.shape[0]
+        return linear.init(batch, heads, key_size, value_size, normalize=self.normalize, dtype=jnp.promote_types(dtype, jnp.float32))
+
+    def step(self, state, query, key, value):
+        return linear.step(state, query, key, value, **self._options())
+
+
+def recurrent(*, log_decay=None, feature_map: Callable | None = None, normalize: bool = False, scale: float | None = None) -> Recurrent:
+    """A mechanism of the recurrent engine, causal: a state of constant size instead of a cache.
+
+    ::
+
+        S_t = e^g S_(t-1) + phi(k_t) v_t^T,        o_t = scale * phi(q_t) S_t        (over phi(q_t) . z_t with ``normalize``)
+
+    Args:
+      log_decay: g, at most 0: real [M], one a head (see :func:`attnx.core.linear.linear_attention`), or None for no decay.
+      feature_map, normalize, scale: as there.
+
+    On a mesh in context the sequence is sharded too; devices pass on states, not keys.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> decayed = attnx.recurrent(log_decay=jnp.log(jnp.array([0.9, 0.99])))
+    >>> decayed.init(batch=1, max_length=1000, kv_heads=2, key_size=8, value_size=8, dtype=jnp.float32).memory.shape
+    (1, 2, 8, 8)
+    """
+    if log_decay is not None:
+        log_decay = check_real("log_decay", log_decay, ranks=(1,))
+    if feature_map is not None:
+        check_function("feature_map", feature_map)
+    return Recurrent(log_decay, feature_map, bool(normalize), scale)

@@ -42,7 +42,7 @@ class Meter:
         left = self._left()
         self._bar.update(self._task, completed=done, description=text, left=left)
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._shown > _LINE_EVERY:
+        if text and not self.console.is_terminal and now - self._shown > _LINE_EVERY:
             self._shown = now
             self.console.print(f"{done / self.total:4.0%}  {text}  {left}", highlight=False)
 

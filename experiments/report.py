@@ -17,11 +17,11 @@ def table(summary: dict[str, Any]) -> Table:
     result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
                    box=box.SIMPLE)
     result.add_column("", no_wrap=True)
-    for heading in (f"bits per byte\nat length {length}", f"bits per byte\nat length {longer}", "training\ntokens/s", "memory of\na step",
+    for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
                     f"state at\n{longer}"):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in summary["ngrams"]:
-        result.add_row(f"n-gram, order {row['order']}", _spread(row), "", "", "", "", style="dim")
+        result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
     for row in summary["mechanisms"]:
         result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]), f"{row['tokens_per_second']:,.0f}",
                        _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]))

@@ -12,6 +12,7 @@ come next.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -74,17 +75,11 @@ class Ring:
         specs = self._specs(data, rows)
 
         def shard(data, rows):
-            index = lambda axes: sum(lax.axis_index(a) * int(self._count(axes[i + 1:])) for i, a in enumerate(axes))
+            index = lambda axes: sum(lax.axis_index(a) * math.prod(self.mesh.shape[a] for a in axes[i + 1:]) for i, a in enumerate(axes))
             origin = jnp.stack([index(self.batch_axes) * data.query.shape[0], index(self.head_axes) * data.query.shape[1]])
             return local(data._replace(origin=jnp.asarray(origin, jnp.int32)), rows)
 
         return jax.shard_map(shard, mesh=self.mesh, in_specs=specs, out_specs=out_specs(*specs), check_vma=False)(data, rows)
-
-    def _count(self, axes):
-        size = 1
-        for axis in axes:
-            size *= self.mesh.shape[axis]
-        return size
 
     # The zigzag: two permutations of half shards, for chunk d and chunk 2P-1-d are of different parity
 
@@ -258,6 +253,16 @@ def mesh_in_context():
     return mesh if automatic and mesh.size > 1 else None
 
 
+def usable_axes(mesh, axes, size: int) -> tuple[str, ...]:
+    """Those of the mesh axes that have more than one device and, together, divide ``size``."""
+    kept: list[str] = []
+    for axis in axes:
+        devices = math.prod(mesh.shape[a] for a in (*kept, axis)) if axis in mesh.shape else 1
+        if axis in mesh.shape and mesh.shape[axis] > 1 and size % devices == 0:
+            kept.append(axis)
+    return tuple(kept)
+
+
 def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: str | None = "sequence", batch_axes=("data", "fsdp"), head_axes=("tensor",),
                 zigzag: bool | None = None) -> Ring:
     """The ring for a call on a mesh (the one in context by default); axes that the mesh lacks or the call does not divide are left out."""
@@ -266,14 +271,6 @@ def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: s
         raise ValueError(f"axis_name: expected an axis of the mesh (one in context by jax.set_mesh, or mesh=...), got {axis!r} and a mesh with axes "
                          f"{tuple(mesh.shape)}")
     p = 1 if axis is None else mesh.shape[axis]
-
-    def usable(axes, size):
-        kept, count = [], 1
-        for a in axes:
-            if a in mesh.shape and mesh.shape[a] > 1 and size % (count * mesh.shape[a]) == 0:
-                kept.append(a)
-                count *= mesh.shape[a]
-        return tuple(kept)
 
     span = (None, None) if program.parts.mask is None else program.parts.mask.span()
     if zigzag is None:  # worth it when early queries see less than late ones
@@ -286,4 +283,5 @@ def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: s
     steps = p
     if program.contiguous and not zigzag and t == s and span[0] is not None and span[1] == 0:
         steps = min(p, 1 - (-span[0] // -(-s // p)))
-    return Ring(program, Tiling(bq, bk, 1), mesh, axis, usable(batch_axes, data.query.shape[0]), usable(head_axes, data.query.shape[1]), zigzag, steps)
+    return Ring(program, Tiling(bq, bk, 1), mesh, axis, usable_axes(mesh, batch_axes, data.query.shape[0]),
+                usable_axes(mesh, head_axes, data.query.shape[1]), zigzag, steps)

@@ -16,7 +16,7 @@ from experiments.compare import Options
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     words = [b"alpha ", b"beta ", b"gamma\n", b"delta "]
-    for i in range(12):
+    for i in range(30):
         chosen = np.random.default_rng(i).integers(0, 4, 60)
         (folder / f"{i}.txt").write_bytes(b"".join(words[j] for j in chosen))
     return folder
