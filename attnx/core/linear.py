@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attnx.core import linear_forms as forms
-from attnx.core.checks import check_function, check_integer, check_integers, check_query_key_value, check_scale, describe
+from attnx.core.checks import as_array, check_function, check_integer, check_integers, check_query_key_value, check_scale, describe
 from pallas_kernels.tile import accumulator_dtype
 
 IMPLEMENTATIONS = ("parallel", "chunked", "recurrent")
@@ -75,17 +75,17 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         number, which only features of both signs can produce.
       normalizer_floor: divide by max(abs(phi(q_t) . z_t), normalizer_floor) instead, bounded whatever the features are.
       feature_map: phi, applied along the last axis to the queries and keys ([..., H] -> [..., H'], in at least float32). The chunked form
-        makes features of a slab of tokens at a time, so wide maps cost no memory. (Maps that differ, or that see several heads, the caller applies.)
+        makes features of a slab of tokens at a time, so wide maps cost no memory. Maps that differ, or see several heads, the caller applies.
       initial_state: the state before the first token; it belongs to the first token's document.
       return_state: also return the state after the last token.
       segment_ids: int [B, T], T = S. The state starts anew wherever the id differs from that of the token before, and without
-        ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped by states, and zero in the output.
+        ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
       scale: a factor of phi(q), 1 by default.
       chunk_size: tokens of a chunk in the chunked form, a power of two.
-      implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory, forward and
-        backward), 'recurrent' (token by token; for decoding), or None for the best. 'pallas' has no kernel yet.
-      axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this device's
-        shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
+      implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
+        forward and backward), 'recurrent' (token by token; for decoding), or None for the best. 'pallas' has no kernel yet.
+      axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
+        device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
     Returns:
       [B, T, N, Hv] in the query's dtype; with ``return_state`` a pair with the :class:`LinearState`, in at least float32.
@@ -96,10 +96,11 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     Costs O(T (C (H + Hv) + H Hv)) per head with chunks of C tokens. The gradient keeps one state per slab of at least min(H, Hv) tokens
     and recomputes the rest, so its memory is O(T (H + Hv)). Derivatives of any order exist, in both modes.
 
-    Sources: Katharopoulos et al., Transformers are RNNs, 2020, arXiv 2006.16236 (no decay, normaliser); Sun et al., Retentive Network, 2023,
-    arXiv 2307.08621 (constant decay); Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2023,
-    arXiv 2312.06635 (decay per channel, chunks); Dao and Gu, Transformers are SSMs, 2024, arXiv 2405.21060 (decay per head and
-    token); Sun et al., Linear Attention Sequence Parallelism, 2024, arXiv 2404.02882.
+    Sources: Katharopoulos et al., Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, 2020, arXiv 2006.16236 (no
+    decay, normaliser); Sun et al., Retentive Network: A Successor to Transformer for Large Language Models, 2023, arXiv 2307.08621 (constant
+    decay); Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2023, arXiv 2312.06635 (decay per channel,
+    chunks); Dao and Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality, 2024,
+    arXiv 2405.21060 (decay per head and token); Sun et al., Linear Attention Sequence Parallelism, 2024, arXiv 2404.02882 (sharded).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.ones((1, 4, 1, 1))
@@ -115,7 +116,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     if axis_name is not None:
         _check_axis(axis_name)
     if is_causal and s != t:
-        raise ValueError(f"key: expected the length {t} of query with is_causal=True, got {describe(key)}; cross-attention has is_causal=False")
+        raise ValueError(f"key: expected the query's length {t} with is_causal=True, got {describe(key)}; is_causal=False lets them differ")
     if feature_map is not None:
         check_function("feature_map", feature_map)
         h = _feature_size(feature_map, h, accumulator_dtype(query.dtype))
@@ -128,7 +129,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         segment_ids = check_integers("segment_ids", segment_ids, ranks=(2,))
         if s != t or segment_ids.shape != (b, t):
             raise ValueError(f"segment_ids: expected shape {[b, t]} and as many keys as queries, got {describe(segment_ids)} and {s} keys")
-    if normalizer_floor is not None and not (normalize and normalizer_floor > 0):
+    if normalizer_floor is not None and not (normalize and check_scale(normalizer_floor, 1) > 0):
         raise ValueError(f"normalizer_floor: expected None or, with normalize=True, a positive number, got {normalizer_floor}")
     if chunk_size is not None and check_integer("chunk_size", chunk_size, least=1) & (chunk_size - 1):
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
@@ -158,7 +159,8 @@ def init(batch: int, heads: int, key_size: int, value_size: int, *, normalize: b
     >>> init(2, 4, 64, 32).memory.shape
     (2, 4, 64, 32)
     """
-    return LinearState(jnp.zeros((batch, heads, key_size, value_size), dtype), jnp.zeros((batch, heads, key_size), dtype) if normalize else None)
+    memory = jnp.zeros((batch, heads, key_size, value_size), dtype)
+    return LinearState(memory, jnp.zeros((batch, heads, key_size), dtype) if normalize else None)
 
 
 def step(state: LinearState, query: Float[Array, "B t N H"], key: Float[Array, "B t K H"], value: Float[Array, "B t K Hv"], *,
@@ -200,13 +202,13 @@ def _feature_size(feature_map, size, dtype):
 
 
 def _check_log_decay(log_decay, b, t, n, k, h):
-    log_decay = jnp.asarray(log_decay)
+    log_decay = as_array("log_decay", log_decay)
     if not jnp.issubdtype(log_decay.dtype, jnp.floating):
         raise TypeError(f"log_decay: expected real numbers, got {describe(log_decay)}")
     heads = log_decay.shape[2 if log_decay.ndim > 2 else 0] if log_decay.ndim in (1, 3, 4) else 0
     if not heads or n % heads or heads % k or log_decay.shape not in ((heads,), (b, t, heads), (b, t, heads, h)):
-        which = f"{n}" if n == k else f"{k} or {n}"
-        raise ValueError(f"log_decay: expected shape [M], [{b}, {t}, M] or [{b}, {t}, M, {h}] with M = {which} heads, got {describe(log_decay)}")
+        some = f"M = {n}" if n == k else f"M a multiple of {k} that divides {n}"
+        raise ValueError(f"log_decay: expected shape [M], [{b}, {t}, M] or [{b}, {t}, M, {h}] with {some}, got {describe(log_decay)}")
     return log_decay, heads
 
 
@@ -215,8 +217,9 @@ def _check_state(given, expected):
         raise TypeError(f"initial_state: expected a LinearState, got {describe(given)}")
     for name, x, like in zip(LinearState._fields, given, expected):
         if (x is None) != (like is None):
-            raise ValueError(f"initial_state.{name}: expected {'None' if like is None else 'an array'} with normalize={like is not None}, got {describe(x)}")
-        if x is not None and jnp.shape(x) != like.shape:
+            what = "None with normalize=False" if like is None else "an array with normalize=True"
+            raise ValueError(f"initial_state.{name}: expected {what}, got {describe(x)}")
+        if x is not None and as_array(f"initial_state.{name}", x).shape != like.shape:
             raise ValueError(f"initial_state.{name}: expected shape {list(like.shape)}, got {describe(x)}")
     return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given, expected)
 
@@ -227,9 +230,9 @@ def _check_implementation(implementation, is_causal, axis_name):
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS + ('pallas',)}, got {implementation!r}")
     if not is_causal and implementation == "recurrent":
-        raise NotImplementedError("implementation: 'recurrent' runs through tokens in order and needs is_causal=True; 'chunked' serves this call")
+        raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves this call")
     if not is_causal and implementation == "parallel" and axis_name is not None:
-        raise NotImplementedError("implementation: 'parallel' without is_causal needs all keys on one device; 'chunked' serves this call")
+        raise NotImplementedError("implementation: 'parallel' with is_causal=False needs all keys on one device; 'chunked' serves this call")
 
 
 # Execution ----------------------------------------------------------------------------------------------------------
@@ -238,8 +241,8 @@ def _check_implementation(implementation, is_causal, axis_name):
 @partial(jax.jit, static_argnums=0)
 def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     """``(out, state)`` of checked arguments."""
-    (b, t, n, h), (_, s, k, _), dtype = query.shape, key.shape, state.memory.dtype
-    heads = state.memory.shape[1]
+    b, t, n, _ = query.shape
+    heads, dtype = state.memory.shape[1], state.memory.dtype
     if plan.normalize:
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1)
         memory = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
@@ -254,8 +257,8 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
         query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
         log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
 
-    attend = _causal if plan.is_causal else _unordered
-    if t and s:
+    if t and key.shape[1]:
+        attend = _causal if plan.is_causal else _unordered
         out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
     else:
         out = jnp.zeros((b, t, n, value.shape[3]), dtype)
