@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 
 from attnx import cli
 
-COMMANDS = ("bench", "compare", "generate", "train")
+COMMANDS = ("bench", "compare", "generate", "scale", "train")
 
 if __name__ == "__main__":
     sys.exit(cli.run("python -m experiments", [EntryPoint(name, f"experiments.{name}:main", cli.GROUP) for name in COMMANDS]))

@@ -35,7 +35,7 @@ class Options(Recipe):
     """
 
     mechanisms: tuple[str, ...] = tuple(MECHANISMS)
-    """Mechanisms to compare, by name; module:function names your own, a function of the training length."""
+    """Mechanisms to compare, by name; module:function names your own, a function (length, heads)."""
     out: Path = Path("runs/compare")
     """Folder of the results."""
     windows: int = 8

@@ -16,6 +16,7 @@ from attnx.mechanism import Mechanism
 from attnx.models import Decoder, TransformerConfig
 from attnx.training import Spans
 
+_POLICIES = {"none": None, "dots": "dots_saveable", "all": "nothing_saveable"}
 _EVALUATED = 8192  # tokens in a batch of the evaluation
 _PREFILLED = 128  # tokens of a prompt that are read at once
 
@@ -26,18 +27,18 @@ class ModelOptions:
 
     features: int = 128
     """Size of the residual stream."""
-    layers: int = 4
+    layers: int = 2
     """Number of blocks."""
     heads: int = 4
     """Number of heads; divides the features."""
     kv_heads: int | None = None
     """Key and value heads, a divisor of the heads; as many by default."""
     hidden: int | None = None
-    """Hidden size of the MLPs; 8/3 of the features by default."""
+    """Hidden size of the (gated) MLPs; twice the features by default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters are float32."""
-    remat: bool = False
-    """Recompute the blocks in the backward pass: less memory, a third more time."""
+    remat: Literal["none", "dots", "all"] = "dots"
+    """What the backward pass recomputes: nothing, all but matrix products (less memory and traffic: the fastest on CPUs), or whole blocks."""
 
 
 class LanguageModel:
@@ -56,8 +57,8 @@ class LanguageModel:
 
     def __init__(self, options: ModelOptions, mechanism: Mechanism, seed: int = 0):
         config = TransformerConfig(vocab_size=256, features=options.features, num_layers=options.layers, num_heads=options.heads,
-                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden, qk_norm="rms",
-                                   remat="nothing_saveable" if options.remat else None, dtype=jnp.dtype(options.dtype))
+                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden or 2 * options.features, qk_norm="rms",
+                                   remat=_POLICIES[options.remat], dtype=jnp.dtype(options.dtype))
 
         def make():
             return nnx.split(Decoder(config, mechanism, rngs=nnx.Rngs(seed)), nnx.Param, ...)

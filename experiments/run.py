@@ -29,11 +29,11 @@ class Recipe(ModelOptions):
     """Parts into which a batch is cut to be evaluated one after another, in less memory."""
     separate: bool = False
     """Keep files that share a sequence from seeing each other."""
-    steps: int = 1200
+    steps: int = 3000
     """Number of updates."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.014
     """Peak rate of Muon, which trains the matrices inside the blocks."""
-    adam_learning_rate: float = 0.01
+    adam_learning_rate: float = 0.015
     """Peak rate of Adam, which trains the rest."""
     warmup: int = 20
     """Updates over which the rates rise."""
@@ -41,7 +41,7 @@ class Recipe(ModelOptions):
     """Share of the updates, at the end, over which the rates fall to zero."""
     seed: int = 0
     """Of initial parameters and of the order of the data."""
-    save_every: int = 100
+    save_every: int = 200
     """Updates from one checkpoint to the next."""
 
 
@@ -77,7 +77,7 @@ class Run:
         self.folder, self.name, self.recipe = Path(folder), name, recipe
         _check(recipe)
         try:
-            self.model = LanguageModel(recipe, mechanism(name, recipe.length), recipe.seed)
+            self.model = LanguageModel(recipe, mechanism(name, recipe.length, recipe.kv_heads or recipe.heads), recipe.seed)
         except ValueError as error:
             raise UsageError(str(error)) from error
         self.metrics = training.Metrics(self.folder / "metrics.jsonl")

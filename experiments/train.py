@@ -25,7 +25,7 @@ class Options(Recipe):
     """
 
     mechanism: str = "softmax"
-    """The mechanism, by name; module:function names your own, a function of the training length."""
+    """The mechanism, by name; module:function names your own, a function (length, heads)."""
     out: Path = Path("runs/train")
     """Folder of the run."""
     mesh_data: int = 1

@@ -11,7 +11,7 @@ The usual factorisation exp(G_i - G_j) = exp(G_i) exp(-G_j), G = cumsum g, overf
 the decays between i and j to rounding (and is NaN once some g is -inf). Here no two sums are ever subtracted: each pair j < i is
 separated by the middle of exactly one dyadic block, and its exponent is the sum from j to that middle plus the sum from there to i. Both are sums
 of log-decays, at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
-costs no more than rounding, per head or per channel, and all work is matrix products: C^2 H / 2 multiplications, half as many as q k^T.
+costs no more than rounding, per head or per channel, in C^2 H / 2 multiplications of matrix products, half as many as q k^T takes.
 
 The functions take any number L of chunks (those of several heads, or the one of a kernel's program) and G queries per token and state: rows
 ``t G .. t G + G - 1`` of the queries are those of token t. They are plain ``jax.numpy`` on arrays of three axes and may be differentiated any
@@ -56,9 +56,9 @@ def decayed_scores(query, key, log_decay):
 
 
 def chunk(query, key, value, log_decay):
-    """Everything of a chunk that does not need the state: ``(out, query, keep, added)``, with which
+    """Everything of a chunk that does not need the state: ``(out, query, total, added)``, with which
 
-        o = out + query S,        S <- keep * S + added
+        o = out + query S,        S <- forget(S, total) + added
 
     Args:
       query: [L, C G, H], C a power of two.
@@ -66,9 +66,10 @@ def chunk(query, key, value, log_decay):
       log_decay: None (no decay), [L, C, 1] (one decay for the head) or [L, C, H] (one for each channel of the key); at most 0, -inf allowed.
 
     Returns:
-      ``out`` [L, C G, Hv], the outputs without the state; ``query``, decayed; ``keep`` [L, 1 or H, 1], None without decay; ``added`` [L, H, Hv].
+      ``out`` [L, C G, Hv], the outputs without the state; ``query``, decayed; ``total`` [L, 1 or H, 1], the sum of log_decay, None without;
+      ``added`` [L, H, Hv].
     """
-    keep = None
+    total = None
     if log_decay is not None and log_decay.shape[2] == key.shape[2]:
         scores, since, until = decayed_scores(query, key, log_decay)
     else:
@@ -80,5 +81,17 @@ def chunk(query, key, value, log_decay):
             decay, since, until = decayed_scores(one, one, log_decay)
             scores *= _rows(decay, query)
     if log_decay is not None:
-        query, key, keep = query * jnp.exp(_rows(since, query)), key * jnp.exp(until), jnp.exp(since[:, -1])[..., None]
-    return jnp.einsum("lij,ljv->liv", scores, value), query, keep, jnp.einsum("ljh,ljv->lhv", key, value)
+        query, key, total = query * jnp.exp(_rows(since, query)), key * jnp.exp(until), since[:, -1, :, None]
+    return jnp.einsum("lij,ljv->liv", scores, value), query, total, jnp.einsum("ljh,ljv->lhv", key, value)
+
+
+def forget(state, log_decay):
+    """``exp(log_decay) * state``, or the state itself for None.
+
+    A factor just below 1 would be rounded the same way in thousands of steps, so there the (small) loss is computed, and subtracted.
+    """
+    if log_decay is None:
+        return state
+    half = jnp.tanh(log_decay / 2)
+    loss = 2 * half / (1 - half)  # expm1, which kernels on TPU lack
+    return jnp.where(log_decay > -0.5, state + loss * state, jnp.exp(log_decay) * state)

@@ -17,7 +17,7 @@ def modules():
         yield from (module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_doctests(name):
     """All examples of one module."""
     failed, _ = doctest.testmod(importlib.import_module(name))

@@ -241,7 +241,6 @@ def _check_implementation(implementation, is_causal, axis_name):
 @partial(jax.jit, static_argnums=0)
 def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     """``(out, state)`` of checked arguments."""
-    b, t, n, _ = query.shape
     heads, dtype = state.memory.shape[1], state.memory.dtype
     if plan.normalize:
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1)
@@ -250,19 +249,15 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
         memory = state.memory
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        log_decay = jnp.broadcast_to(log_decay.astype(dtype), (b, t, heads, log_decay.shape[-1]))
+        log_decay = jnp.broadcast_to(log_decay.astype(dtype), (*key.shape[:2], heads, log_decay.shape[-1]))
     if segment_ids is not None:
         valid = (segment_ids >= 0)[..., None, None]
         # Features may be singular at 0, so what is skipped holds ones.
         query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
         log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
 
-    if t and key.shape[1]:
-        attend = _causal if plan.is_causal else _unordered
-        out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
-    else:
-        out = jnp.zeros((b, t, n, value.shape[3]), dtype)
-
+    attend = _causal if plan.is_causal else _unordered
+    out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
     out = out * plan.scale
     if plan.normalize:
         out, state = _divide(out[..., :-1], out[..., -1:], plan.floor), LinearState(memory[..., :-1], memory[..., -1])
@@ -280,18 +275,21 @@ def _divide(numerator, denominator, floor):
 
 def _restarts(segment_ids, axis_name, reverse):
     """Where the id differs from that of the last token before it that is not padding, [B, T]."""
+
     def forward(earlier, later):
         return jnp.where(later >= 0, later, earlier)
 
     latest = lax.associative_scan(forward, segment_ids, axis=1)
-    first = jnp.full_like(latest[:, -1], -1)
+    first = jnp.full_like(latest[:, -1:], -1)
     if axis_name is not None:
-        first = forms.scan_devices(forward, latest[:, -1], first, axis_name, reverse)
-    before = jnp.concatenate([first[:, None], forward(first[:, None], latest)[:, :-1]], axis=1)
+        first = forms.scan_devices(forward, latest[:, -1:], first, axis_name, reverse)
+    before = jnp.concatenate([first, forward(first, latest)[:, :-1]], axis=1)
     return (segment_ids >= 0) & (before >= 0) & (segment_ids != before)
 
 
 def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=False):
+    if not query.shape[1]:
+        return jnp.zeros((*query.shape[:3], value.shape[3]), memory.dtype), memory
     if segment_ids is not None:
         restarts = _restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
         log_decay = jnp.zeros((1, 1, key.shape[2], 1), memory.dtype) if log_decay is None else log_decay

@@ -5,9 +5,9 @@ A form maps ``(query, key, value, log_decay, state)`` to ``(out, state)``:
     query [B, T, N, H]
     key, value [B, T, K, H], [B, T, K, Hv]
     log_decay [B, T, M, 1 or H], or None
-    state [B, M, H, Hv]           M states, a multiple of K that divides N; in the accumulator's dtype, as log_decay and out [B, T, N, Hv] are
+    state [B, M, H, Hv]           M states, a multiple of K that divides N
 
-Documents reach a form as decays of exactly 0.
+out is [B, T, N, Hv], in the accumulator's dtype as log_decay and state are. Documents reach a form as decays of exactly 0.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from pallas_kernels import linear_tile
 # Tokens of a chunk. Larger ones spend more on scores within the chunk, smaller ones more on states; heads of 64..128 want this.
 CHUNK = 64
 
-# Chunks are worked on in slabs, all of a slab at once: of at most 8 chunks, and of about so many tokens over all heads.
+# Chunks are worked on in slabs, all chunks of a slab at once: at most 8, and about so many tokens times heads.
 SLAB = 4096
 
 
@@ -58,7 +58,7 @@ def recurrent(query, key, value, log_decay, state, *, features):
     def step(state, token):
         q, k, v, g = token
         q, k, v = _prepare(q, k, v, features, state)
-        state = (state if g is None else jnp.exp(g)[..., None] * state) + k[..., None] * v[..., None, :]
+        state = linear_tile.forget(state, None if g is None else g[..., None]) + k[..., None] * v[..., None, :]
         return state, _join(jnp.einsum("bmgh,bmhv->bmgv", q, state))
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query, key, value, log_decay))
@@ -66,12 +66,11 @@ def recurrent(query, key, value, log_decay, state, *, features):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _slab(state, tokens, *, size, features):
-    """``(state, out)`` of one slab of tokens [B t, ...]: all its chunks at once, then the states that pass between them."""
+def _slab(state, tokens, *, chunks, size, features):
+    """``(state, out)`` of a slab of tokens [B chunks size, ...]: all chunks at once, then the states that pass between them."""
     b, m = state.shape[:2]
     *tokens, log_decay = tokens
     q, k, v = _prepare(*tokens, features, state)
-    chunks = q.shape[0] // (b * size)
 
     # Chunks and heads as one axis, the batch by vmap: arrays of few axes (XLA on CPU has crashed on products of many), and
     # axes that may be sharded, the batch and the heads, stay in front.
@@ -82,8 +81,8 @@ def _slab(state, tokens, *, size, features):
         return jnp.moveaxis(x.reshape(b, m, chunks, *x.shape[2:]), 2, 0)
 
     def carry(state, change):
-        keep, added = change
-        return (state if keep is None else keep * state) + added, state
+        total, added = change
+        return linear_tile.forget(state, total) + added, state
 
     q, k, v, log_decay = jax.tree.map(cut, (q, k, v, log_decay))
     out, q, *change = jax.vmap(linear_tile.chunk)(q.reshape(*q.shape[:2], size * q.shape[3], q.shape[4]), k, v, log_decay)
@@ -101,7 +100,8 @@ def chunked(query, key, value, log_decay, state, *, features, chunk_size):
     most = min(max(SLAB // max(b * n * size, 1), 1), 8)
     most = max(most, -(-min(state.shape[-2:]) // size))  # the states kept must not outweigh the tokens
     slabs = -(-chunks // most)
-    slab = -(-chunks // slabs) * size
+    chunks = -(-chunks // slabs)
+    slab = chunks * size
 
     def cut(x, fill=0):
         x = jnp.pad(x, ((0, 0), (0, slabs * slab - t)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -110,7 +110,7 @@ def chunked(query, key, value, log_decay, state, *, features, chunk_size):
 
     # Padding holds values 0, which add nothing, and ones elsewhere, which features map to something finite.
     tokens = cut(query, 1), cut(key, 1), cut(value), jax.tree.map(cut, log_decay)
-    body = jax.checkpoint(partial(_slab, size=size, features=features), prevent_cse=False)
+    body = jax.checkpoint(partial(_slab, chunks=chunks, size=size, features=features), prevent_cse=False)
     state, out = lax.scan(body, vary(state, varying_axes(tokens)), tokens)
     out = jnp.moveaxis(out.reshape(slabs, b, slab, *out.shape[2:]), 0, 1)
     return out.reshape(b, slabs * slab, *out.shape[3:])[:, :t], state
@@ -136,7 +136,7 @@ def parallel_unordered(query, key, value, state, *, features, runs):
     queries, keys = (jnp.zeros(x.shape[:2], jnp.int32) if runs is None else runs for x in (q, k))
     scores = jnp.einsum("bimgh,bjmh,bij->bmgij", q, k, queries[:, :, None] == keys[:, None])
     given = jnp.einsum("bimgh,bmhv,bi->bimgv", q, state, queries == 0)
-    last = keys[:, -1:]
+    last = jnp.max(keys, axis=1, keepdims=True, initial=0)
     state = jnp.einsum("bmhv,bj->bmhv", state, last == 0) + jnp.einsum("bjmh,bjmv,bj->bmhv", k, v, keys == last)
     return _join(jnp.einsum("bmgij,bjmv->bimgv", scores, v) + given), state
 
@@ -182,11 +182,11 @@ def over_devices(form, query, key, value, log_decay, state, *, axis_name, revers
     rank = _rank(axis_name, reverse)
     # No queries: the same form computes states alone. The first device starts from the state given.
     _, change = form(query[:, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
-    keep = jnp.ones((1, 1), state.dtype) if log_decay is None else jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
+    total = None if log_decay is None else jnp.sum(log_decay, axis=1)[..., None]
 
     def combine(earlier, later):
-        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+        return jax.tree.map(jnp.add, earlier[0], later[0]), linear_tile.forget(earlier[1], later[0]) + later[1]
 
-    _, arriving = scan_devices(combine, (keep, change), (jnp.ones_like(keep), state), axis_name, reverse)
+    _, arriving = scan_devices(combine, (total, change), (jax.tree.map(jnp.zeros_like, total), state), axis_name, reverse)
     out, state = form(query, key, value, log_decay, arriving)
     return out, lax.psum(jnp.where(rank == lax.axis_size(axis_name) - 1, state, 0), axis_name)

@@ -136,8 +136,12 @@ def _table(block_sizes, queries, keys, materialise, indices, block_scores):
 
 def choose(program: Program, bq: int, bk: int) -> Selected:
     """The execution of a call, its tiles sized by what was fastest at its shape class."""
-    entries = program.specs.mask[0]
-    return Selected(program, Tiling(bq, bk, 1), 1, max(1, 1024 // bk))
+    sizes, table = program.sizes, program.specs.mask[0]
+    heads = 1 if table.group else sizes.heads // sizes.kv_heads
+    keys = bk * max(1, min(256, max(64, 16 * bq)) // bk)
+    room = 1 if jax.default_backend() == "cpu" else 64  # what caches hold, or what keeps an accelerator busy
+    blocks = max(1, room * min(2**18 // (heads * bq * keys), 2**13 // (heads * keys)))
+    return Selected(program, Tiling(bq, bk, 1), blocks, keys // bk)
 
 
 @partial(jax.jit, static_argnums=0)

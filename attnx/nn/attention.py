@@ -216,7 +216,7 @@ class Attention(nnx.Module):
         query = constrain(self.query(x), "batch", "sequence", "heads", None)
         return query if self.query_norm is None else self.query_norm(query)
 
-    def _key_value(self, context):
+    def _key_value(self, context) -> tuple[Array, Array]:
         check_sequence("context", context, self.context_features)
         key, value = (constrain(project(context), "batch", "sequence", "kv_heads", None) for project in (self.key, self.value))
         return key if self.key_norm is None else self.key_norm(key), value

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.nnx.nn.dtypes import promote_dtype
 
 from attnx import masks, scores
-from attnx.mechanism import Mechanism, Pairs
+from attnx.mechanism import Mechanism, Pairs, Recurrent
 
 
 def as_attention_fn(mechanism: Mechanism, *, is_causal: bool = False) -> Callable[..., jax.Array]:
@@ -64,7 +64,8 @@ def as_attention_fn(mechanism: Mechanism, *, is_causal: bool = False) -> Callabl
         if causal and sizes[1] != sizes[2]:
             raise ValueError(f"is_causal: expected as many queries as keys, got {sizes[1]} and {sizes[2]}; Flax's decoding mode wants a function "
                              "without causality, its mask says everything")
-        asked = {"bias": bias is not None, "mask": mask is not None, "is_causal": causal, "dropout_rate": drops}
+        asked = {"bias": bias is not None, "mask": mask is not None, "dropout_rate": drops,
+                 "is_causal": causal and not isinstance(mechanism, Recurrent)}
         chosen = mechanism
         if isinstance(mechanism, Pairs):
             chosen = _with_parts(mechanism, None if bias is None else _pairwise("bias", bias, lead, sizes),

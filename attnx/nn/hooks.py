@@ -9,7 +9,18 @@ A hook is ``hook(value, layer, at) -> value`` for one of four stages of an atten
 
 ``layer`` is the layer's index, traced where layers are scanned: use it in arithmetic (``jnp.where(layer == 3, ...)``, a table
 ``[layer]``), not in ``if``. ``at`` is an ``At(batch, head, query, key)`` of integer arrays that broadcast against the value: the batch
-row, the query's head and the logical positions. Hooks are handed over as ``{stage: hook}``.
+row, the query's head (key and value have fewer heads where queries share them) and the logical positions. Hooks are handed over as
+``{stage: hook}``; in a block with cross-attention, ``'cross_' + stage`` is a stage of that.
+
+Example:
+  >>> import attnx, jax, jax.numpy as jnp
+  >>> from flax import nnx
+  >>> from attnx.models import Decoder, TransformerConfig
+  >>> model = Decoder(TransformerConfig(features=32, num_layers=2), attnx.pairs(mask=attnx.masks.causal()), rngs=nnx.Rngs(0))
+  >>> def silence(value, layer, at):  # head 3 of layer 1
+  ...     return jnp.where((layer == 1) & (at.head == 3), 0, value)
+  >>> model(jnp.zeros((1, 5), int), hooks={'output': silence}).shape
+  (1, 5, 256)
 """
 
 import functools
@@ -37,7 +48,7 @@ def bind_hooks(hooks: Hooks | None, layer) -> dict[str, Callable]:
       ValueError: for a stage that does not exist.
       TypeError: for a hook that cannot be called.
     """
-    bound = {}
+    bound: dict[str, Callable] = {}
     for stage, hook in (hooks or {}).items():
         if stage not in STAGES:
             raise ValueError(f"hooks: expected stages among {STAGES}, got {stage!r}")

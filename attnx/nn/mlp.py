@@ -34,9 +34,9 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, features: int, hidden_features: int, *, activation: Callable = jax.nn.silu, gated: bool = True,
-                 use_bias: bool = False, dtype=None,
-                 param_dtype=jnp.float32, precision=None, kernel_init=nnx.initializers.lecun_normal(),
-                 bias_init=nnx.initializers.zeros_init(), out_kernel_init=None, rngs: nnx.Rngs):
+                 use_bias: bool = False, dtype=None, param_dtype=jnp.float32, precision=None,
+                 kernel_init=nnx.initializers.lecun_normal(), bias_init=nnx.initializers.zeros_init(), out_kernel_init=None,
+                 rngs: nnx.Rngs):
         def project(inputs, outputs, axes, init=kernel_init):
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision,
                               kernel_init=init, bias_init=bias_init, kernel_metadata=logical_axes(*axes),

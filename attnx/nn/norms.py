@@ -26,9 +26,7 @@ def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str
       ValueError: for a name that is not known.
 
     Example:
-      >>> from collections.abc import Callable
-
-import jax.numpy as jnp
+      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> make_norm('rms', 2, rngs=nnx.Rngs(0))(jnp.array([3.0, 3.0])).round(3).tolist()
       [1.0, 1.0]

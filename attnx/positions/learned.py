@@ -22,7 +22,6 @@ def learned(positions: Int[Array, "*any"], table: Float[Array, "L features"]) ->
 
     Example:
       >>> import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
       >>> learned(jnp.array([2, -1]), jnp.eye(3)).tolist()
       [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """

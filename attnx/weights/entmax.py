@@ -54,8 +54,9 @@ def entmax(alpha: float) -> Weights:
 
     >>> import attnx, jax.numpy as jnp
     >>> q, k = jnp.ones((1, 1, 1, 1)), jnp.array([1.0, 0.5, -1.0]).reshape(1, 3, 1, 1)
-    >>> attnx.attention_weights(q, k, weights=attnx.weights.sparsemax()).round(3)
-    Array([[[[0.75, 0.25, 0.  ]]]], dtype=float32)
+    >>> w = attnx.attention_weights(q, k, weights=attnx.weights.sparsemax())
+    >>> [f"{x:.2f}" for x in w[0, 0, 0]]
+    ['0.75', '0.25', '0.00']
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha: expected a static number, got {describe(alpha)}")

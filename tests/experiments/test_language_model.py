@@ -12,9 +12,9 @@ LENGTH = 8
 PROMPT = bytes(range(40, 45))
 
 
-@pytest.fixture(scope="module", params=["softmax", "window"])
+@pytest.fixture(scope="module", params=["window", "linear"])
 def model(request):
-    return LanguageModel(ModelOptions(features=16, layers=1, heads=2), mechanism(request.param, LENGTH), seed=3)
+    return LanguageModel(ModelOptions(features=16, layers=1, heads=2), mechanism(request.param, LENGTH, 2), seed=3)
 
 
 def test_streaming_is_the_parallel_argmax(model):
@@ -57,9 +57,10 @@ def test_evaluation_is_the_cost_of_each_byte(model, monkeypatch):
 
 def test_state_bytes_count_what_decoding_keeps():
     sizes = {}
-    for name in ("softmax", "window"):
-        model = LanguageModel(ModelOptions(features=16, layers=2, heads=2), mechanism(name, LENGTH))
+    for name in ("softmax", "window", "linear"):
+        model = LanguageModel(ModelOptions(features=16, layers=2, heads=2), mechanism(name, LENGTH, 2))
         sizes[name] = [model.state_bytes(length) for length in (64, 128)]
     keys_and_values = 2 * 2 * 64 * 16 * 4  # layers, keys and values, tokens, features, bytes
     assert sizes["softmax"][0] >= keys_and_values and sizes["softmax"][1] - sizes["softmax"][0] >= keys_and_values
-    assert sizes["window"][0] == sizes["window"][1] < keys_and_values / 10
+    assert sizes["window"][0] == sizes["window"][1] < keys_and_values / 4
+    assert sizes["linear"][0] == sizes["linear"][1] < keys_and_values / 4

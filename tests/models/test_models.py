@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnx import masks, pairs, scores
+from attnx import masks, pairs, recurrent, scores
 from attnx.models import Decoder, Encoder, EncoderDecoder, TransformerConfig
 from attnx.positions import Rotary
 
@@ -103,7 +103,7 @@ def test_unrolled_and_rematerialised_are_the_same_model(decoder):
 def test_alternating_mechanisms_and_options():
     config = dataclasses.replace(SMALL, num_layers=4, tie_embedding=False, qk_norm="layer", output_gate="channel", mlp="geglu",
                                  position=Rotary(fraction=0.5), position_embedding="learned", max_length=T)
-    model = Decoder(config, (CAUSAL, CAUSAL), rngs=nnx.Rngs(0))
+    model = Decoder(config, (CAUSAL, recurrent(log_decay=jnp.array([-0.1, -0.5]))), rngs=nnx.Rngs(0))
     assert len(model.layers.blocks) == 2 and model.layers.blocks[1].mlp.up.kernel.shape == (2, 16, 24)
     expected = call(model, TOKENS)
     state, logits = step(model, model.init_state(B, T), TOKENS)
@@ -187,7 +187,6 @@ def test_encoder_decoder_shares_one_table(seq2seq):
     np.testing.assert_array_equal(call(merged, SOURCE, TOKENS), call(seq2seq, SOURCE, TOKENS))
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs the 8 host devices that conftest asks for")
 def test_sharded_over_a_mesh_by_the_names_of_its_axes(decoder):
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     rules = (("batch", "fsdp"), ("sequence", "sequence"), ("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"), ("head_size", None),

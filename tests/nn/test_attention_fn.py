@@ -147,9 +147,13 @@ class Averages:
 
 def test_other_mechanisms_and_what_they_refuse():
     q, k, v = jax.random.normal(jax.random.key(3), (3, 3, B, T, N, 4))
+    decayed = attnx.recurrent(log_decay=jnp.full(N, -0.5))
+    np.testing.assert_allclose(as_attention_fn(decayed, is_causal=True)(q, k, v)[1], decayed(q[1], k[1], v[1]), atol=1e-6)
+    with pytest.raises(NotImplementedError, match="mask: Recurrent has no place"):
+        as_attention_fn(decayed)(q, k, v, mask=MASK)
     out = as_attention_fn(Averages())(q, k, v)
     np.testing.assert_allclose(out[1, 1, 2], v[1, 1].mean(0), atol=1e-6)
-    for inputs, named in [(dict(mask=MASK), "mask: Averages has no place"), (dict(bias=MASK, is_causal=True), "bias, is_causal: Averages")]:
+    for inputs, named in [(dict(mask=MASK), "mask: Averages has no place"), (dict(bias=MASK, is_causal=True), "bias, is_causal: Averages has no place")]:
         with pytest.raises(NotImplementedError, match=named):
             as_attention_fn(Averages())(q, k, v, **inputs)
 

@@ -9,7 +9,6 @@ import pytest
 
 from attnx.training import Corpus, DataError, Windows, batches, read, spans
 
-
 HELD = {"file13", "file14", "file15", "file16", "file20", "file22", "file24", "file26", "file34", "file38", "file6", "file7", "file8"}
 
 
