@@ -34,7 +34,7 @@ class ModelOptions:
     kv_heads: int | None = None
     """Key and value heads, a divisor of the heads; as many by default."""
     hidden: int | None = None
-    """Hidden size of the (gated) MLPs; twice the features by default."""
+    """Hidden size of the (gated) MLPs; 8/3 of the features by default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters are float32."""
     remat: Literal["none", "dots", "all"] = "dots"
@@ -57,7 +57,7 @@ class LanguageModel:
 
     def __init__(self, options: ModelOptions, mechanism: Mechanism, seed: int = 0):
         config = TransformerConfig(vocab_size=256, features=options.features, num_layers=options.layers, num_heads=options.heads,
-                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden or 2 * options.features, qk_norm="rms",
+                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden, qk_norm="rms",
                                    remat=_POLICIES[options.remat], dtype=jnp.dtype(options.dtype))
 
         def make():

@@ -42,10 +42,12 @@ def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], fi
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     length = summary["options"]["length"]
+    height = 0.0
     for row in summary["mechanisms"]:
         losses = np.array([record["loss"] for record in records[row["mechanism"]]]) / math.log(2)
         step, smooth = _smooth(losses, max(len(losses) // 40, 1))
         left.plot(step, smooth, label=row["mechanism"])
+        height = max(height, 1.1 * smooth[len(smooth) // 20:].max())  # the fall of the first steps would flatten the rest
         position, cost = _by_octave(np.array(row["by_position"]))
         right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
                                                      f"{row['longer']['bits_per_byte']:.3f}")
@@ -55,8 +57,8 @@ def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], fi
     right.axvline(length, color="grey", linewidth=0.8)
     left.set(title="training", xlabel="step", ylabel="bits per byte")
     right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
+    left.set_ylim(top=height)
     for axes in (left, right):
-        axes.set_ylim(top=min(axes.get_ylim()[1], 5))
         axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

@@ -36,7 +36,7 @@ class Options:
     """Devices over which heads and hidden sizes are cut."""
     features: int = 2048
     """Size of the residual stream."""
-    layers: int = 16
+    layers: int = 20
     """Blocks; with the other defaults about a billion parameters."""
     heads: int = 16
     """Query heads."""
@@ -128,8 +128,9 @@ def measure(name: str, options: Options, mesh) -> dict[str, Any]:
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Of an optimised program: for each kind of collective how often it runs and the bytes that it produces on a device, loops with known
-    trip counts multiplied out.
+    """Of an optimised program: for each kind of collective how often it runs, and the bytes that it produces on a device.
+
+    Loops count as often as they run, where the program says how often that is.
     """
     bodies, name = {}, ""
     for line in text.splitlines():
@@ -142,15 +143,26 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.M)
     counts, sizes = Counter(), Counter()
 
+    def trips(line):
+        """How often a while loop runs: as the compiler notes, or as the one constant that its condition compares with; 1 where the data decide."""
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        if known or not condition:
+            return int(known[1]) if known else 1
+        lines = list(bodies.get(condition[1], ()))
+        for called in re.findall(r"calls=%?([\w.-]+)", "\n".join(lines)):
+            lines += bodies.get(called, ())
+        bounds = {int(n) for n in re.findall(r"s32\[\](?:\S*)? constant\((\d+)\)", "\n".join(lines))}
+        return bounds.pop() if len(bounds) == 1 else 1
+
     def walk(name, times):
         for line in bodies.get(name, ()):
             for kind in COLLECTIVES:
                 if re.search(rf" {kind}(-start)?\(", line):
                     counts[kind] += times
                     sizes[kind] += times * _bytes(line.split(f" {kind}")[0])
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for called in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
-                walk(called, times * (int(trips[1]) if trips and f"body=%{called}" in line else 1))
+            for role, called in re.findall(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+                walk(called, times * (trips(line) if role == "body" else 1))
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 for called in branches.split(","):
                     walk(called.strip(" %"), times)
@@ -178,12 +190,20 @@ def gathers(text: str, context: int) -> list[str]:
 
 
 def _table(rows, options, chips):
-    table = Table(title=f"One step on {chips} chips of {options.topology}, {options.context:,} tokens of context; figures of a chip")
-    for name in ("", "parameters", "state", "scratch", f"fits {options.limit:g} GB", "FLOPs", "collectives", "gathers the sequence"):
-        table.add_column(name, justify="left" if name in ("", "collectives") else "right")
-    for row in rows:
-        total = (row["resident_bytes"] + row["scratch_bytes"]) / 1e9
-        moved = "\n".join(f"{kind}: {each['count']:,} x, {each['bytes'] / 1e9:.3g} GB" for kind, each in row["collectives"].items())
-        table.add_row(row["mechanism"], f"{row['parameters'] / 1e9:.2f} G", f"{row['resident_bytes'] / 1e9:.2f} GB", f"{row['scratch_bytes'] / 1e9:.2f} GB",
-                      "yes" if total <= options.limit else "no", f"{row['flops']:.3g}", moved, "yes" if row["gathers_the_sequence"] else "no")
+    table = Table(title=f"One training step on {chips} chips of {options.topology}, {options.context:,} tokens of context; figures of one chip", title_justify="left")
+    for name in ("", *(row["mechanism"] for row in rows)):
+        table.add_column(name, justify="right" if name else "left")
+    total = lambda row: (row["resident_bytes"] + row["scratch_bytes"]) / 1e9
+    lines = {"parameters of the model": lambda row: f"{row['parameters'] / 1e9:.2f} G",
+             "parameters, optimiser, batch": lambda row: f"{row['resident_bytes'] / 1e9:.2f} GB", "scratch": lambda row: f"{row['scratch_bytes'] / 1e9:.2f} GB",
+             f"fits {options.limit:g} GB": lambda row: "yes" if total(row) <= options.limit else "no",
+             "FLOPs of model and attention": lambda row: f"{row['flops']:.3g}",
+             **{kind: lambda row, kind=kind: _moved(row["collectives"].get(kind)) for kind in COLLECTIVES},
+             "gathers the sequence": lambda row: "yes" if row["gathers_the_sequence"] else "no"}
+    for name, cell in lines.items():
+        table.add_row(name, *map(cell, rows))
     return table
+
+
+def _moved(each):
+    return f"{each['count']:,} x, {each['bytes'] / 1e9:.3g} GB" if each else "none"

@@ -129,8 +129,8 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         segment_ids = check_integers("segment_ids", segment_ids, ranks=(2,))
         if s != t or segment_ids.shape != (b, t):
             raise ValueError(f"segment_ids: expected shape {[b, t]} and as many keys as queries, got {describe(segment_ids)} and {s} keys")
-    if normalizer_floor is not None and not (normalize and check_scale(normalizer_floor, 1) > 0):
-        raise ValueError(f"normalizer_floor: expected None or, with normalize=True, a positive number, got {normalizer_floor}")
+    if normalizer_floor is not None and not (normalize and isinstance(normalizer_floor, (int, float)) and normalizer_floor > 0):
+        raise ValueError(f"normalizer_floor: expected None or, with normalize=True, a positive number, got {normalizer_floor!r}")
     if chunk_size is not None and check_integer("chunk_size", chunk_size, least=1) & (chunk_size - 1):
         raise ValueError(f"chunk_size: expected a power of two, got {chunk_size}")
     state = init(b, heads, h, value.shape[3], normalize=normalize, dtype=accumulator_dtype(query.dtype))

@@ -144,14 +144,18 @@ def parallel_unordered(query, key, value, state, *, features, runs):
 # A sequence over several devices ------------------------------------------------------------------------------------
 
 
+def _rank(axis_name, reverse):
+    index = lax.axis_index(axis_name)
+    return lax.axis_size(axis_name) - 1 - index if reverse else index
+
+
 def scan_devices(combine, element, first, axis_name, reverse=False):
-    """What reaches each device from those before it along a mesh axis: ``first`` on the first, then combined with their elements.
+    """What reaches each device from those before it along a mesh axis: ``first``, combined with their elements in order.
 
     An exclusive prefix sum of the associative ``combine(earlier, later)`` in log2(devices) exchanges of one element each; ``reverse`` scans
     from the last device to the first. Call inside ``jax.shard_map``.
     """
-    size = lax.axis_size(axis_name)
-    rank = _rank(axis_name, reverse)
+    size, rank = lax.axis_size(axis_name), _rank(axis_name, reverse)
 
     def receive(x, distance):
         hops = [(i, i + distance) for i in range(size - distance)]
@@ -168,25 +172,18 @@ def scan_devices(combine, element, first, axis_name, reverse=False):
     return carry
 
 
-def _rank(axis_name, reverse):
-    index = lax.axis_index(axis_name)
-    return lax.axis_size(axis_name) - 1 - index if reverse else index
-
-
 def over_devices(form, query, key, value, log_decay, state, *, axis_name, reverse=False):
     """``form`` over a sequence whose shards lie on the devices of a mesh axis; the last state comes back on all of them.
 
-    All devices run through their tokens at once, first for the change that these make to a state, then, with the state that arrives, for
-    the outputs. Communicates O(log devices) states.
+    All devices run through their tokens at once, first for what these add to a state, then, with the state that arrives, for the
+    outputs. Communicates O(log devices) states.
     """
-    rank = _rank(axis_name, reverse)
-    # No queries: the same form computes states alone. The first device starts from the state given.
-    _, change = form(query[:, :, :0], key, value, log_decay, jnp.where(rank == 0, state, 0))
     total = None if log_decay is None else jnp.sum(log_decay, axis=1)[..., None]
+    _, added = form(query[:, :, :0], key, value, log_decay, jnp.zeros_like(state))  # no queries: the form computes states alone
 
     def combine(earlier, later):
         return jax.tree.map(jnp.add, earlier[0], later[0]), linear_tile.forget(earlier[1], later[0]) + later[1]
 
-    _, arriving = scan_devices(combine, (total, change), (jax.tree.map(jnp.zeros_like, total), state), axis_name, reverse)
+    _, arriving = scan_devices(combine, (total, added), (jax.tree.map(jnp.zeros_like, total), state), axis_name, reverse)
     out, state = form(query, key, value, log_decay, arriving)
-    return out, lax.psum(jnp.where(rank == lax.axis_size(axis_name) - 1, state, 0), axis_name)
+    return out, lax.psum(jnp.where(_rank(axis_name, reverse) == lax.axis_size(axis_name) - 1, state, 0), axis_name)

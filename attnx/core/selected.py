@@ -66,13 +66,13 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     Blocks chosen from data, with their gradient: Yuan et al.: "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention" (2025, arXiv
     2502.11089); Lu et al.: "MoBA: Mixture of Block Attention for Long-Context LLMs" (2025, arXiv 2502.13189).
 
-    >>> import attnx, jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
-    >>> last_two = jnp.array([[-1, 0], [0, 1], [1, 2], [2, 3]])[None, None]
-    >>> out = attnx.selected_attention(q, k, v, last_two, block_sizes=(2, 2), mask=attnx.masks.causal())
-    >>> near = attnx.attention(q, k, v, mask=attnx.masks.causal() & attnx.masks.within_blocks(2))
-    >>> bool(jnp.allclose(out[:, :2], near[:, :2])), out.shape
-    (True, (1, 8, 2, 4))
+    >>> all_blocks = jnp.arange(4)[None, None, None]
+    >>> bool(jnp.allclose(selected_attention(q, k, v, all_blocks, block_sizes=(8, 2)), attention(q, k, v), atol=1e-6))
+    True
+    >>> first_and_own = jnp.array([[-1, 0], [0, 1], [0, 2], [0, 3]])[None, None]
+    >>> selected_attention(q, k, v, first_and_own, block_sizes=(2, 2)).shape
+    (1, 8, 2, 4)
     """
     checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "pallas":
@@ -92,7 +92,7 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     if materialise:
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)
     _, program, data = prepare(query, key, value, **parts)
-    out, r = _execute(choose(program, bq, bk), data, sink_of(program, weights))
+    out, r = _execute(choose(program, data, bq, bk), data, sink_of(program, weights))
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -134,14 +134,14 @@ def _table(block_sizes, queries, keys, materialise, indices, block_scores):
     return dense(indices, -1), None if extra is None else dense(extra, 0)
 
 
-def choose(program: Program, bq: int, bk: int) -> Selected:
+def choose(program: Program, data: Data, bq: int, bk: int) -> Selected:
     """The execution of a call, its tiles sized by what was fastest at its shape class."""
-    sizes, table = program.sizes, program.specs.mask[0]
-    heads = 1 if table.group else sizes.heads // sizes.kv_heads
-    keys = bk * max(1, min(256, max(64, 16 * bq)) // bk)
+    sizes, table = program.sizes, data.operands.mask[0]
+    heads = 1 if program.specs.mask[0].group else sizes.heads // sizes.kv_heads  # in a tile
+    entries = max(1, min(table.shape[-1], min(256, max(64, 16 * bq)) // bk))
     room = 1 if jax.default_backend() == "cpu" else 64  # what caches hold, or what keeps an accelerator busy
-    blocks = max(1, room * min(2**18 // (heads * bq * keys), 2**13 // (heads * keys)))
-    return Selected(program, Tiling(bq, bk, 1), blocks, keys // bk)
+    blocks = room * min(2**18 // (heads * bq * entries * bk), 2**13 // (heads * entries * bk))
+    return Selected(program, Tiling(bq, bk, 1), max(1, min(blocks, sizes.batch * sizes.heads // heads * table.shape[-2])), entries)
 
 
 @partial(jax.jit, static_argnums=0)

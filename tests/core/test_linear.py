@@ -372,7 +372,7 @@ QUERY, KEY = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 6, 2, 8))
     ({"initial_state": linear.init(2, 4, 8, 8)}, ValueError, "initial_state.memory: expected shape"),
     ({"initial_state": linear.init(2, 2, 8, 8), "normalize": True}, ValueError, "initial_state.normalizer: expected an array"),
     ({"normalizer_floor": 1.0}, ValueError, "normalizer_floor"),
-    ({"normalizer_floor": "small", "normalize": True}, TypeError, "normalizer_floor"),
+    ({"normalizer_floor": "small", "normalize": True}, ValueError, "normalizer_floor"),
     ({"feature_map": 3}, TypeError, "feature_map: expected a function"),
     ({"feature_map": jnp.sum}, ValueError, "feature_map: expected to map"),
     ({"scale": "big"}, TypeError, "scale"),

@@ -3,6 +3,7 @@
 ``python tests/training/kill.py 20`` does it twenty times.
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -17,7 +18,6 @@ STEPS, SAVE_EVERY = 120, 5
 def train(folder: Path) -> None:
     """The run: a small model with a key, on a shuffled text, slowed down enough to be hit anywhere."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     import optax
 
@@ -47,7 +47,8 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 def start(folder: Path) -> subprocess.Popen:
     """A process that trains."""
-    return subprocess.Popen([sys.executable, __file__, "train", str(folder)], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, __file__, "train", str(folder)], stdout=subprocess.DEVNULL,
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[int]:
