@@ -1,5 +1,6 @@
 """Tables and figures of the comparison."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,51 @@ def printable(text: str) -> str:
 
 def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], file: Path) -> None:
     """A figure of training (left) and of held-out cost by position in the text (right)."""
+    with _figure(file, 2) as (left, right):
+        _curves(left, records)
+        for row in summary["mechanisms"]:
+            position, cost = _by_octave(np.array(row["by_position"]))
+            right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
+                                                         f"{row['longer']['bits_per_byte']:.3f}")
+        for row in summary["ngrams"]:
+            right.axhline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
+            right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
+        right.axvline(summary["options"]["length"], color="grey", linewidth=0.8)
+        right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
+
+
+def draw_training(name: str, records: list[dict[str, float]], file: Path) -> None:
+    """A figure of training so far."""
+    with _figure(file, 1) as axes:
+        _curves(axes, {name: records})
+
+
+@contextlib.contextmanager
+def _figure(file, panels):
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    length = summary["options"]["length"]
-    height = 0.0
-    for row in summary["mechanisms"]:
-        losses = np.array([record["loss"] for record in records[row["mechanism"]]]) / math.log(2)
-        step, smooth = _smooth(losses, max(len(losses) // 40, 1))
-        left.plot(step, smooth, label=row["mechanism"])
-        height = max(height, 1.1 * smooth[len(smooth) // 20:].max())  # the fall of the first steps would flatten the rest
-        position, cost = _by_octave(np.array(row["by_position"]))
-        right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
-                                                     f"{row['longer']['bits_per_byte']:.3f}")
-    for row in summary["ngrams"]:
-        right.axhline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
-        right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
-    right.axvline(length, color="grey", linewidth=0.8)
-    left.set(title="training", xlabel="step", ylabel="bits per byte")
-    right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
-    left.set_ylim(top=height)
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize="small")
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained")
+    yield axes
+    for panel in np.ravel(axes):
+        panel.legend(frameon=False, fontsize="small")
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+def _curves(axes, records):
+    """Bits per byte of training batches, smoothed."""
+    height = 0.0
+    for name, run in records.items():
+        losses = np.array([record["loss"] for record in run]) / math.log(2)
+        step, smooth = _smooth(losses, max(len(losses) // 40, 1))
+        axes.plot(step, smooth, label=name)
+        height = max(height, 1.1 * smooth[len(smooth) // 20:].max())  # the fall of the first steps would flatten the rest
+    axes.set(title="training", xlabel="step", ylabel="bits per byte")
+    axes.set_ylim(top=height)
 
 
 def _smooth(values, width):

@@ -12,13 +12,15 @@ from attnx import training
 from attnx.cli import UsageError
 from experiments.options import parse
 from experiments.progress import Meter
+from experiments.report import draw_training
 from experiments.run import Recipe, Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(Recipe):
     """Trains a decoder of bytes with one attention mechanism. Checkpoints are complete or not there at all; stopped at any moment and called
-    again, the command goes on from the last and takes the same steps as if it had not been stopped.
+    again, the command goes on from the last and takes the same steps as if it had not been stopped. `training.png` in the folder of the run
+    shows how far it is.
 
     On several devices say how to use them: `--mesh-data 4 --mesh-tensor 2` on eight. On several hosts run the same command on each, with
     `--distributed`.
@@ -57,10 +59,12 @@ def main(program: str, arguments: Sequence[str]) -> int:
     run.claim()
     with Meter(recipe.steps, console) as meter:
         def report(step, values):
-            if values:
-                meter.at(step, f"step {step} of {recipe.steps}, {values['loss'] / np.log(2):.3f} bits per byte")
-            else:
+            if not values:
                 meter.skip(step)
+                return
+            meter.at(step, f"step {step} of {recipe.steps}, {values['loss'] / np.log(2):.3f} bits per byte")
+            if jax.process_index() == 0 and (step % recipe.save_every == 0 or step == recipe.steps):
+                draw_training(run.name, run.metrics.read(), run.folder / "training.png")
 
         params = run.train(prepared, train, report=report, notify=lambda message: console.print(message, highlight=False))
     spans = training.spans(held, recipe.length, per_file=8)

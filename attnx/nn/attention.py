@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnx.mechanism import Mechanism
-from attnx.nn.common import check_sequence, constrain, logical_axes
+from attnx.nn.common import check_sequence, constrain, logical_axes, rows
 from attnx.nn.frozen import hold, release
 from attnx.nn.hooks import Hooks, at_heads, bind_hooks, pair_hooks
 from attnx.nn.norms import make_norm
@@ -213,13 +213,17 @@ class Attention(nnx.Module):
 
     def _query(self, x):
         check_sequence("x", x, self.features)
-        query = constrain(self.query(x), "batch", "sequence", "heads", None)
+        query = self._heads(self.query, x, "heads")
         return query if self.query_norm is None else self.query_norm(query)
 
     def _key_value(self, context) -> tuple[Array, Array]:
         check_sequence("context", context, self.context_features)
-        key, value = (constrain(project(context), "batch", "sequence", "kv_heads", None) for project in (self.key, self.value))
+        key, value = self._heads(self.key, context, "kv_heads"), self._heads(self.value, context, "kv_heads")
         return key if self.key_norm is None else self.key_norm(key), value
+
+    def _heads(self, project, x, axis):
+        heads = project(rows(x))
+        return constrain(heads.reshape(*x.shape[:2], *heads.shape[-2:]), "batch", "sequence", axis, None)
 
     def _prepare(self, hooks, query, key, value, positions, key_positions):
         if self.position is not None:
@@ -233,5 +237,6 @@ class Attention(nnx.Module):
         if "output" in hooks:
             out = hooks["output"](out, at)
         if self.gate is not None:
-            out = out * jax.nn.sigmoid(self.gate(x))
-        return self.out(out)
+            out = out * jax.nn.sigmoid(self._heads(self.gate, x, "heads"))
+        out = self.out(rows(out))
+        return out.reshape(*x.shape[:2], out.shape[-1])

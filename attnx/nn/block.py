@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnx.nn.common import check_sequence, constrain, dropout
+from attnx.nn.common import check_sequence, constrain, dropout, rows
 from attnx.nn.hooks import Hooks
 from attnx.nn.norms import make_norm
 
@@ -119,9 +119,10 @@ class TransformerBlock(nnx.Module):
         return (own, cross), x if self.mlp is None else self._add(x, self.mlp_norm, None, self.mlp)
 
     def _add(self, x, norm, key, f):
-        pre = self.norm_position == "pre"
-        y = x + dropout(f(norm(x) if pre else x).astype(x.dtype), self.dropout_rate, key)
-        return constrain(y if pre else norm(y).astype(x.dtype), "batch", "sequence", None)
+        pre, tokens = self.norm_position == "pre", rows(x)
+        change = f((norm(tokens) if pre else tokens).reshape(x.shape)).astype(x.dtype)
+        y = tokens + dropout(rows(change), self.dropout_rate, key)
+        return constrain((y if pre else norm(y).astype(x.dtype)).reshape(x.shape), "batch", "sequence", None)
 
     def _check(self, x, context):
         check_sequence("x", x, self.features)

@@ -38,6 +38,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         x, jax.sharding.PartitionSpec(*(axis if n % size == 0 else None for axis, n, size in zip(spec, x.shape, sizes))))
 
 
+def rows(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as [B * T, ...], the form in which matrix products and their gradients need no transposition.
+
+    XLA's CPU backend trains an MLP of this form more than twice as fast. Left alone under a mesh, which may shard both axes.
+    """
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) if jax.sharding.get_abstract_mesh().empty else x
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each entry with probability ``rate`` and divides the rest by ``1 - rate``; the identity where ``key`` is None."""
     if key is None or rate == 0.0:

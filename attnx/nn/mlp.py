@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from attnx.nn.common import check_sequence, constrain, logical_axes
+from attnx.nn.common import check_sequence, constrain, logical_axes, rows
 
 
 class MLP(nnx.Module):
@@ -50,6 +50,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """[B, T, features] -> [B, T, features]."""
         check_sequence("x", x, self.features)
-        hidden = self.up(x)
-        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
-        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+        tokens = rows(x)
+        hidden = self.up(tokens)
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(tokens)) * hidden
+        return self.down(constrain(hidden, "batch", "sequence", "mlp")).reshape(x.shape)

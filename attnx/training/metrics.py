@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from attnx.training.errors import TrainingError
+
 
 class Metrics:
     """A file of records ``{"step": 3, "loss": 1.5, ...}``, in the order of their steps.
@@ -23,10 +25,17 @@ class Metrics:
         self.path = Path(path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends the record of a step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends the record of a step.
+
+        Raises:
+          TrainingError: where the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror}") from error
 
     def read(self) -> list[dict[str, float]]:
         """All records; a last line that was cut short is not one."""

@@ -95,6 +95,7 @@ def test_train_and_generate(text, tmp_path, capfdbinary):
         train.main("attnx train", arguments)
     assert train.main("attnx train", [*arguments, "--mesh-fsdp", "2"]) == 0
     assert b"bits per byte" in capfdbinary.readouterr().out
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     for seed in "1", "1":
         assert generate.main("attnx generate", [str(tmp_path), "--prompt", "alpha", "--length", "9", "--seed", seed]) == 0
     out = capfdbinary.readouterr().out

@@ -106,3 +106,9 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
         run(tmp_path, step=broken)
     assert curve(tmp_path) == unbroken[1][:9]
     check(tmp_path, run(tmp_path)[0], unbroken)
+
+
+def test_metrics_that_cannot_be_written_stop_the_run(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(TrainingError, match=r"cannot write .*taken/metrics.jsonl: (Not a directory|File exists)"):
+        Metrics(tmp_path / "taken" / "metrics.jsonl").write(1, {"loss": 1.0})
