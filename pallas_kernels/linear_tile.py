@@ -9,13 +9,13 @@ over C tokens of one head splits into a part that needs no state and a part that
 
 The usual factorisation exp(G_i - G_j) = exp(G_i) exp(-G_j), G = cumsum g, overflows for strong decays, and the difference G_i - G_j loses
 the decays between i and j to rounding (and is NaN once some g is -inf). Here no two sums are ever subtracted: each pair j < i is
-separated by the middle of exactly one dyadic block, and its exponent is the sum from j to that middle plus the sum from there to i. Both are sums
-of log-decays, at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
+separated by the middle of exactly one dyadic block, and its exponent is the sum from j to that middle plus the sum from there to i,
+both sums of log-decays and at most 0 like these. So every decay from 1 down to exact 0 (g = -inf, which is how documents are kept apart)
 costs no more than rounding, per head or per channel, in C^2 H / 2 multiplications of matrix products, half as many as q k^T takes.
 
-The functions take any number L of chunks (those of several heads, or the one of a kernel's program) and G queries per token and state: rows
-``t G .. t G + G - 1`` of the queries are those of token t. They are plain ``jax.numpy`` on arrays of three axes and may be differentiated any
-number of times in both modes; the backward chunk is ``jax.vjp`` of :func:`chunk`.
+The functions take any number L of chunks (those of several heads, or the one of a kernel's program) and G queries per token and state:
+rows ``t G .. t G + G - 1`` of the queries are those of token t. They are plain ``jax.numpy`` on arrays of three axes and may be
+differentiated any number of times in both modes; the backward chunk is ``jax.vjp`` of :func:`chunk`.
 """
 
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 def _rows(x, query):
     """``x`` [.., tokens, .] for each row of ``query`` [.., tokens G, .]."""
-    return jnp.repeat(x, query.shape[-2] // x.shape[-2], axis=-2)
+    groups = query.shape[-2] // x.shape[-2]
+    return x if groups == 1 else jnp.repeat(x, groups, axis=-2)
 
 
 def decayed_scores(query, key, log_decay):
@@ -43,14 +44,14 @@ def decayed_scores(query, key, log_decay):
     until = jnp.zeros_like(since)
     scores = jnp.sum(query * key, axis=2, keepdims=True)
     while key.shape[1] < size:
-        late, early = query[1::2] * jnp.exp(_rows(since, query)[1::2]), key[::2] * jnp.exp(until[::2])
-        across = jnp.einsum("nih,njh->nij", late, early)
+        early_since, late_since, early_until, late_until = since[::2], since[1::2], until[::2], until[1::2]
+        late = query[1::2] * jnp.exp(_rows(late_since, query))
+        across = jnp.einsum("nih,njh->nij", late, key[::2] * jnp.exp(early_until))
         upper = jnp.concatenate([scores[::2], jnp.zeros_like(across)], axis=2)
         lower = jnp.concatenate([across, scores[1::2]], axis=2)
         scores = jnp.concatenate([upper, lower], axis=1)
-        total = since[:, -1:]
-        since = jnp.concatenate([since[::2], since[1::2] + total[::2]], axis=1)
-        until = jnp.concatenate([until[::2] + total[1::2], until[1::2]], axis=1)
+        since = jnp.concatenate([early_since, late_since + early_since[:, -1:]], axis=1)
+        until = jnp.concatenate([early_until + late_since[:, -1:], late_until], axis=1)
         query, key = (x.reshape(x.shape[0] // 2, 2 * x.shape[1], x.shape[2]) for x in (query, key))
     return scores, since, until
 
@@ -63,7 +64,7 @@ def chunk(query, key, value, log_decay):
     Args:
       query: [L, C G, H], C a power of two.
       key, value: [L, C, H], [L, C, Hv].
-      log_decay: None (no decay), [L, C, 1] (one decay for the head) or [L, C, H] (one for each channel of the key); at most 0, -inf allowed.
+      log_decay: None (no decay), [L, C, 1] (one for the head) or [L, C, H] (one for each channel of the key); at most 0, -inf allowed.
 
     Returns:
       ``out`` [L, C G, Hv], the outputs without the state; ``query``, decayed; ``total`` [L, 1 or H, 1], the sum of log_decay, None without;

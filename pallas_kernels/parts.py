@@ -384,6 +384,7 @@ class Parts:
     weights: Weights
     scale: float
     dropout_rate: float = 0.0
+    real: bool = False  # no position is padding, so tiles need not look
 
 
 def strip(tree):

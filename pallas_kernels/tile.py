@@ -84,6 +84,8 @@ def shape_scores(parts: Parts, s, at: At, blocks: Blocks):
 
 def visible(parts: Parts, at: At, blocks: Blocks):
     """Which pairs of the tile are allowed, [bq, bk]: real positions on both sides and the mask."""
+    if parts.real and parts.mask is not None:
+        return parts.mask.tile(at, *blocks.mask)
     ok = (at.query >= 0) & (at.key >= 0)
     return ok if parts.mask is None else ok & parts.mask.tile(at, *blocks.mask)
 

@@ -50,7 +50,7 @@ def relu(s, ok):
 
 
 def softpick(s, ok):
-    e = jnp.exp(s) - 1
+    e = jnp.expm1(s)
     return _ratio(ok, jnp.where(e > 0, e, 0), _total(ok, jnp.where(e > 0, e, -e)))
 
 

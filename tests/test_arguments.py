@@ -48,6 +48,7 @@ WRONG = {
     "query kind": (attention("abc"), TypeError, "query:", "'abc'", "array"),
     "query list": (attention([[1.0]]), TypeError, "query:", "list", "array"),
     "query integers": (attention(Q.astype(int)), TypeError, "query:", "int32[2, 6, 4, 8]", "floating-point"),
+    "query of 8 bits": (attention(Q.astype(jnp.float8_e4m3fn)), TypeError, "query:", "float8_e4m3fn[2, 6, 4, 8]", "16 bits"),
     "key rank": (attention(key=K[0]), ValueError, "key:", "float32[5, 2, 8]", "[B, S, K, H]"),
     "key batch": (attention(key=K[:1]), ValueError, "key:", "float32[1, 5, 2, 8]", "batch size 2"),
     "key head size": (attention(key=K[..., :4]), ValueError, "key:", "float32[2, 5, 2, 4]", "head size 8"),

@@ -14,7 +14,7 @@ from attnx.core.blockwise import Blockwise
 from attnx.core.fused import choose_fused
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
 from attnx.core.ring import choose_ring, mesh_in_context
-from attnx.core.tiling import choose_tiling
+from attnx.core.tiling import choose_tiling, without_padding
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
 
@@ -96,14 +96,14 @@ def attention(
         out, r = _reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
     else:
         out, r = _execute(_executor(chosen, program, data, block_sizes), data, sink)
-    out = unbind_output(out, query.dtype)
+    out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
 
 def prepare(query, key, value, *, scores=(), mask=None, weights=Softmax(), scale=None, dropout_rate=0.0, dropout_key=None,
             query_positions=None, key_positions=None) -> tuple[Weights, Program, Data]:
     """The checked arguments of a call as its weights, static program and arrays."""
-    checks.check_query_key_value(query, key, value)
+    query, key, value = checks.check_query_key_value(query, key, value)
     scores = checks.check_parts(scores, mask, weights)
     dropout_rate, seed = checks.check_dropout(dropout_rate, dropout_key)
     program, data = bind(query, key, value, scores=scores, mask=mask, weights=weights, scale=checks.check_scale(scale, query.shape[3]),
@@ -145,7 +145,7 @@ def ring_attention(query, key, value, *, mesh=None, axis_name: str = "sequence",
         return attention(query, key, value, return_residual=return_residual, implementation="reference", **parts)
     ring = choose_ring(program, data, choose_tiling(program, data, block_sizes), mesh, axis_name, batch_axes, head_axes, zigzag)
     out, r = _execute(ring, data, sink_of(program, weights))
-    out = unbind_output(out, query.dtype)
+    out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
 
@@ -199,7 +199,7 @@ def _executor(chosen, program, data, block_sizes):
         return choose_ring(program, data, tiling)
     mesh = mesh_in_context() if chosen is None else None
     if mesh is None:
-        return Blockwise(program, tiling)
+        return Blockwise(without_padding(program, tiling), tiling)
     # The compiler would gather what a loop over blocks slices, so batch and heads are sharded here as well as the sequence.
     spread = mesh.shape.get("sequence", 1)
     whole = spread > 1 and min(program.sizes.queries, program.sizes.keys) >= spread

@@ -87,13 +87,14 @@ def check_array(name: str, x):
 
 
 def check_query_key_value(query, key, value=None):
-    """Shapes [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple of K, and one floating dtype."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x is None and name == "value":
-            continue
+    """Shapes [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple of K, and one floating dtype; returned as JAX arrays."""
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, x in given.items():
         check_array(name, x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: expected a floating-point array, got {describe(x)}")
+    query, key, value = (*(jnp.asarray(x) for x in given.values()), None)[:3]
+    for name, x in zip(given, (query, key, value)):
+        if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 16:
+            raise TypeError(f"{name}: expected a floating-point array of 16 bits or more, got {describe(x)}")
         if len(x.shape) != 4:
             layout = "[B, T, N, H]" if name == "query" else "[B, S, K, H]"
             raise ValueError(f"{name}: expected shape {layout}, got {describe(x)}; use jax.vmap for further batch axes")
@@ -108,6 +109,7 @@ def check_query_key_value(query, key, value=None):
         raise ValueError(f"key: expected a number of heads that divides the query's {n}, got {describe(key)}")
     if value is not None and value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value: expected shape [{', '.join(map(str, key.shape[:3]))}, Hv] as key {describe(key)}, got {describe(value)}")
+    return query, key, value
 
 
 def check_parts(scores, mask, weights):

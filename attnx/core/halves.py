@@ -87,14 +87,14 @@ def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: F
     for x in rows:
         if jnp.shape(x) != query.shape[:3]:
             raise ValueError(f"r: expected shape {list(query.shape[:3])} ([B, T, N]), got {checks.describe(x)}")
-    dtype = tile.accumulator_dtype(query.dtype)
+    dtype = tile.accumulator_dtype(program.sizes.dtype)
     b, k, g, t, _ = data.query.shape
     rows = tuple(x.astype(dtype).transpose(0, 2, 1).reshape(b, k, g, t, 1) for x in rows)
     if _materialises(implementation, program):
         out = _reference_apply(program, data, rows)
     else:
         out = _blockwise_apply(Blockwise(program, choose_tiling(program, data, block_sizes)), data, rows)
-    return unbind_output(out, query.dtype)
+    return unbind_output(out, program.sizes.dtype)
 
 
 def attention_weights(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], **parts) -> Float[Array, "B N T S"]:

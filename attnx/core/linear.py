@@ -73,10 +73,10 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       is_causal: token t reads the keys up to and including its own.
       normalize: divide by phi(q_t) . z_t. Where that is 0 the output and its gradient are 0; a negative one divides like any other
         number, which only features of both signs can produce.
-      normalizer_floor: divide by max(abs(phi(q_t) . z_t), normalizer_floor) instead, bounded whatever the features are.
+      normalizer_floor: divide by max(abs(scale * phi(q_t) . z_t), normalizer_floor) instead, bounded whatever the features are.
       feature_map: phi, applied along the last axis to the queries and keys ([..., H] -> [..., H'], in at least float32). The chunked form
-        makes features of a slab of tokens at a time, so wide maps cost no memory. Maps that differ, or see several heads, the caller applies.
-      initial_state: the state before the first token; it belongs to the first token's document.
+        makes features of a slab of tokens at a time, so wide maps cost no memory. Maps that differ or see several heads the caller applies.
+      initial_state: the state before the first token, whose document it belongs to.
       return_state: also return the state after the last token.
       segment_ids: int [B, T], T = S. The state starts anew wherever the id differs from that of the token before, and without
         ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
@@ -100,7 +100,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     decay, normaliser); Sun et al., Retentive Network: A Successor to Transformer for Large Language Models, 2023, arXiv 2307.08621 (constant
     decay); Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2023, arXiv 2312.06635 (decay per channel,
     chunks); Dao and Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality, 2024,
-    arXiv 2405.21060 (decay per head and token); Sun et al., Linear Attention Sequence Parallelism, 2024, arXiv 2404.02882 (sharded).
+    arXiv 2405.21060 (per head and token); Sun et al., Linear Attention Sequence Parallelism, 2024, arXiv 2404.02882 (sharded).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.ones((1, 4, 1, 1))
@@ -230,9 +230,9 @@ def _check_implementation(implementation, is_causal, axis_name):
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS + ('pallas',)}, got {implementation!r}")
     if not is_causal and implementation == "recurrent":
-        raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves this call")
+        raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves")
     if not is_causal and implementation == "parallel" and axis_name is not None:
-        raise NotImplementedError("implementation: 'parallel' with is_causal=False needs all keys on one device; 'chunked' serves this call")
+        raise NotImplementedError("implementation: 'parallel' with is_causal=False needs all keys on one device; 'chunked' serves")
 
 
 # Execution ----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array,
         return array.shape[axes.index(name)] if name in axes else 1
 
     heads = "head" if "head" in axes else "kv_head"
-    order = [axes.index(n) for n in ("batch", heads, "query", "key", "offset") if n in axes]
+    order: list[int] = [axes.index(n) for n in ("batch", heads, "query", "key", "offset") if n in axes]
     order += [i for i, n in enumerate(axes) if n is None]
     extra = [array.shape[i] for i, n in enumerate(axes) if n is None]
     kv, group = (1, 1) if size(heads) == 1 else (sizes.kv_heads, groups if heads == "head" else 1)

@@ -80,14 +80,14 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_array(name, x)
     checks.check_query_key_value(query, key, value)
-    scores = checks.check_parts(scores, mask, weights)
+    before = checks.check_parts(scores, mask, weights)
     if return_residual:
         checks.check_exponential("return_residual", weights)
     bq, bk = checks.check_block_sizes(block_sizes)
     indices, block_scores = _check_table(indices, block_scores, query, key, bq)
     materialise = implementation == "reference" or 0 in (*query.shape[:3], key.shape[1])
     chosen, extra = _table((bq, bk), query.shape[1], key.shape[1], materialise, indices, block_scores)
-    parts = dict(scores=scores if extra is None else (*scores, Extra(extra, materialise)), mask=Chosen(chosen, materialise) & mask, weights=weights,
+    parts = dict(scores=before if extra is None else (*before, Extra(extra, materialise)), mask=Chosen(chosen, materialise) & mask, weights=weights,
                  scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if materialise:
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)

@@ -58,82 +58,67 @@ class Extra(Score):
 
 
 class Place(NamedTuple):
-    """C query blocks and m entries of each one's row in the table: indices [C, 1] and [C, m]."""
+    """C query blocks, m entries of each one's row in the table, and the tile that they make."""
 
-    batch: Any
+    batch: Any  # [C, 1]
     kv_head: Any
     lane: Any  # the query head of the group where each chooses for itself, else 0
     block: Any
-    entry: Any
-    chosen: Any  # the key blocks that the entries name
+    entry: Any  # [1, m]
+    chosen: Any  # [C, m], the key blocks that the entries name; one more than there are for padding
+    offset: Any  # [C, bq, m bk], where offset tables are read
     at: At  # [C], [C, group], [C, bq, 1], [C, 1, m bk]
 
 
-class Layout(NamedTuple):
-    """How an operand lies in blocks."""
-
-    spec: Spec
-    lead: tuple[int, ...]  # the sizes of [batch, kv_head, lane, query block, key block] or [batch, kv_head, lane, offset]
-    lanes: bool  # the heads of a group are apart, each with tiles of its own
-    bk: int
-    low: int  # the first offset of an offset table
-    entry: bool  # a column for each entry of the table rather than for each key
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class Blocked:
-    """An operand as [blocks, group, rows, columns, *None axes] or [offsets, group], the leading axes of its layout in one."""
+    """An array some of whose axes a place indexes by name ('one': of size 1, whatever the place); the others a tile reads whole.
+
+    Operands are [batch, kv_head, lane, group, block, rows, chosen or entry, columns, *None axes] or [batch, kv_head, lane, group, offset].
+    """
 
     array: Any
-    layout: Layout
+    axes: tuple[str | None, ...]
 
     @property
     def grouped(self) -> bool:
-        """Whether it varies over the heads that share a tile."""
-        return self.layout.spec.group and not self.layout.lanes
+        """Whether an operand varies over the heads of a tile."""
+        return self.array.shape[3] > 1
 
     def _index(self, place: Place):
-        spec, lead = self.layout.spec, self.layout.lead
-        index = [x if varies else jnp.zeros_like(x) for x, varies in zip(place, (spec.batch, spec.kv, spec.group and self.layout.lanes, spec.query))]
-        if spec.offset:
-            offset = jnp.clip(place.at.key - place.at.query - self.layout.low, 0, lead[3] - 1)
-            index = [*(x[:, :, None] for x in index[:3]), offset]
-        else:
-            column = place.entry if self.layout.entry else place.chosen
-            index.append(column if spec.key else jnp.zeros_like(place.block))
-        flat = index[0]
-        for x, size in zip(index[1:], lead[1:], strict=True):
-            flat = flat * size + x
-        return flat
-
-    def blocks(self, place: Place):
-        """What a tile reads, block by block: [C, m or 1, group, rows, columns, *None axes]."""
-        return self.array.at[self._index(place)].get(mode="promise_in_bounds")
+        index = place._asdict() | {"one": jnp.zeros_like(place.batch)}
+        if "offset" in self.axes:
+            index |= {name: index[name][..., None] for name in ("batch", "kv_head", "lane", "one")}
+        return tuple(slice(None) if name is None else index[name] for name in self.axes)
 
     def read(self, place: Place):
-        """What a tile reads: [C, group, rows, keys, *None axes], without the group if it does not vary there."""
-        block = self.blocks(place)
-        if self.layout.spec.offset:
-            block = jnp.moveaxis(block, -1, 1)
-        elif self.layout.spec.key:
-            block = jnp.moveaxis(jnp.broadcast_to(block, (*block.shape[:4], self.layout.bk, *block.shape[5:])), 1, 3)
-            block = block.reshape(*block.shape[:3], -1, *block.shape[5:])
-        else:
-            block = block[:, 0]
-        return block if self.grouped else block[:, 0]
+        """[C, m or 1, *whole axes], or [C, bq, m bk, *whole axes] of an offset table; the edge for what lies outside."""
+        return self.array.at[self._index(place)].get(mode="clip")
 
-    def add(self, place: Place, block):
-        """With the gradient of what a tile read added; ``block`` [C, group, ...] has one for every head of the tile."""
-        block = block if self.grouped else block.sum(1, keepdims=True)
-        if self.layout.spec.offset:
-            block = jnp.moveaxis(block, 1, -1)
-        elif self.layout.spec.key:
-            block = jnp.moveaxis(block.reshape(*block.shape[:3], -1, self.layout.bk, *block.shape[4:]), 3, 1)
-            block = block.sum(4, keepdims=True) if self.layout.entry else block
-        else:
-            block = block[:, None]
-        return dataclasses.replace(self, array=self.array.at[self._index(place)].add(block, mode="promise_in_bounds"))
+    def add(self, place: Place, x):
+        """With the gradient of what :meth:`read` returned added, but for what lies outside."""
+        return dataclasses.replace(self, array=self.array.at[self._index(place)].add(x, mode="drop"))
+
+    def read_operand(self, place: Place, bk: int):
+        """The block of an operand, [C, group, rows, keys, *None axes], without the group where it does not vary."""
+        x = self.read(place)
+        if "offset" in self.axes:
+            x = jnp.moveaxis(x, -1, 1)
+        else:  # an entry of the table is for as many keys as a block has
+            bk = x.shape[4] if self.axes[6] == "one" else bk
+            x = jnp.moveaxis(jnp.broadcast_to(x, (*x.shape[:4], bk, *x.shape[5:])), 1, 3)
+            x = x.reshape(*x.shape[:3], -1, *x.shape[5:])
+        return x if self.grouped else x[:, 0]
+
+    def add_operand(self, place: Place, x):
+        """With the gradient of a block added; ``x`` [C, group, rows, keys, *None axes] has one for every head of the tile."""
+        x = x if self.grouped else x.sum(1, keepdims=True)
+        if "offset" in self.axes:
+            return self.add(place, jnp.moveaxis(x, 1, -1))
+        m = 1 if self.axes[6] == "one" else place.chosen.shape[1]
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], m, -1, *x.shape[4:]), 3, 1)
+        return self.add(place, x.sum(4, keepdims=True) if self.axes[6] == "entry" else x)
 
 
 def is_blocked(x) -> bool:
@@ -179,40 +164,43 @@ class Selected:
         sizes = self.program.sizes
         return sizes.heads // sizes.kv_heads if self.program.specs.mask[0].group else 1
 
-    def _blocked(self, x, spec: Spec, entry: bool = False) -> Blocked:
-        """A canonical operand in whole blocks; linear."""
-        lanes = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
-        rows, columns = self.tiling.bq if spec.query else 1, self.tiling.bk if spec.key else 1
+    def _operand(self, x, spec: Spec, by_entry: bool) -> Blocked:
+        """A canonical operand in whole blocks: no copy unless it has to be padded."""
+        split = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
+        lead = ("batch" if spec.batch else "one", "kv_head" if spec.kv else "one", "lane" if spec.group and self.lanes > 1 else "one", None)
         if spec.offset:
-            x = jnp.moveaxis(x.reshape(*x.shape[:2], *lanes, -1), 3, 4)
-        elif entry:
-            spec = spec._replace(query=True, key=True)
+            return Blocked(x.reshape(*x.shape[:2], *split, -1), (*lead, "offset"))
+        if by_entry:
             x = widen(x, 6, -x.shape[6] % self.entries, constant_values=-1)
-            x = x.reshape(*x.shape[:2], lanes[0], *x.shape[5:], lanes[1], 1, 1)
-        else:  # any value is legal in padding; the last key block is nothing else
-            x = widen(widen(x, 3, -x.shape[3] % rows, "edge"), 4, -x.shape[4] % columns + columns * spec.key, "edge")
-            x = x.reshape(*x.shape[:2], *lanes, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
-            x = x.transpose(0, 1, 2, 4, 6, 3, 5, 7, *range(8, x.ndim))
-        lead = 4 if spec.offset else 5
-        layout = Layout(spec, x.shape[:lead], self.lanes > 1, self.tiling.bk, self.program.sizes.offsets[0], entry)
-        return Blocked(x.reshape(-1, *x.shape[lead:]), layout)
+            return Blocked(x.reshape(*x.shape[:2], *split, x.shape[5], 1, x.shape[6], 1), (*lead, "block", None, "entry", None))
+        rows, columns = self.tiling.bq if spec.query else 1, self.tiling.bk if spec.key else 1
+        x = widen(widen(x, 3, -x.shape[3] % rows, "edge"), 4, -x.shape[4] % columns, "edge")
+        x = x.reshape(*x.shape[:2], *split, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
+        return Blocked(x, (*lead, "block" if spec.query else "one", None, "chosen" if spec.key else "one", None, *(None,) * (x.ndim - 8)))
 
     def _cut(self, data: Data, rows=()) -> Cut:
-        specs, scores = self.program.specs, self.program.parts.scores
-        entry = jax.tree.map(lambda _: False, specs, is_leaf=lambda x: isinstance(x, Spec))
-        entry = entry._replace(mask=(True, *entry.mask[1:]), scores=tuple((True,) if isinstance(s, Extra) else e for s, e in zip(scores, entry.scores)))
-        query, key = Spec(True, True, True, True, False, False), Spec(True, True, False, False, True, False)
-        of_rows = lambda x: self._blocked(x[..., None, :], query)
-        of_keys = lambda x: self._blocked(x[:, :, None, None], key)
+        (bq, bk, _), specs, scores = self.tiling, self.program.specs, self.program.parts.scores
+        by_entry = jax.tree.map(lambda _: False, specs, is_leaf=lambda x: isinstance(x, Spec))
+        by_entry = by_entry._replace(mask=(True, *by_entry.mask[1:]),
+                                     scores=tuple((True,) if isinstance(score, Extra) else no for score, no in zip(scores, by_entry.scores)))
 
-        def positions(x, axes, **over):
-            return self._blocked(x.reshape(x.shape[0], *axes), Spec(x.shape[0] > 1, False, False, **over, offset=False))
+        def of_rows(x):  # [B, K, G, T, X]
+            x = widen(x, 3, -x.shape[3] % bq)
+            split = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
+            return Blocked(x.reshape(*x.shape[:2], *split, -1, bq, x.shape[4]), ("batch", "kv_head", "lane", None, "block", None, None))
 
-        (bq, bk, _), (q_pos, k_pos) = self.tiling, (data.query_positions, data.key_positions)
-        q_pos, k_pos = widen(q_pos, 1, -q_pos.shape[1] % bq, constant_values=-1), widen(k_pos, 1, -k_pos.shape[1] % bk + 1, constant_values=-1)
+        def of_keys(x):  # [B, K, S, X], in the order in which it came from the caller
+            x = jnp.swapaxes(widen(x, 2, -x.shape[2] % bk), 1, 2)
+            return Blocked(x.reshape(x.shape[0], -1, bk, *x.shape[2:]), ("batch", "chosen", None, "kv_head", None))
+
+        def positions(x, more, size, name):
+            x = widen(x, 1, more, constant_values=-1)
+            return Blocked(x.reshape(x.shape[0], -1, size), ("batch" if x.shape[0] > 1 else "one", name, None))
+
+        t, s = data.query_positions.shape[1], data.key_positions.shape[1]
         return Cut(of_rows(data.query), of_keys(data.key), None if data.value is None else of_keys(data.value),
-                   jax.tree.map(lambda e, spec, x: self._blocked(x, spec, e), entry, specs, data.operands),
-                   positions(q_pos, (1, 1, -1, 1), query=True, key=False), positions(k_pos, (1, 1, 1, -1), query=False, key=True),
+                   jax.tree.map(lambda e, spec, x: self._operand(x, spec, e), by_entry, specs, data.operands),
+                   positions(data.query_positions, -t % bq, bq, "block"), positions(data.key_positions, -s % bk + bk, bk, "chosen"),
                    jax.tree.map(of_rows, rows))
 
     def _sweep(self, data: Data, rows, total, init, visit, finish, differentiable=False):
@@ -229,28 +217,30 @@ class Selected:
         Returns the total and the results as [B, K, G, T, X].
         """
         b, k, g, t, _ = data.query.shape
-        cut, m, lanes, nq = self._cut(data, rows), self.entries, self.lanes, -(-t // self.tiling.bq)
+        (bq, bk, _), m, lanes, cut, (low, high) = self.tiling, self.entries, self.lanes, self._cut(data, rows), self.program.sizes.offsets
         table = cut.operands.mask[0]
-        count, heads, padding, length = b * k * lanes * nq, g // lanes, cut.key.layout.lead[4] - 1, table.layout.lead[4]
+        nq, padding, length = -(-t // bq), cut.key.array.shape[1], table.array.shape[6]
+        count, heads = b * k * lanes * nq, g // lanes
         axes = jax.tree.map(lambda x: 0 if x.grouped else None, cut.operands, is_leaf=is_blocked)
         each_head = lambda f: jax.vmap(jax.vmap(f))
 
         def chunk(total, n):
-            index = [x[:, None] for x in jnp.unravel_index(jnp.minimum(n, count - 1), (b, k, lanes, nq))]
-            head = (data.origin[1] + index[1]) * g + index[2] + jnp.arange(heads, dtype=jnp.int32)
-            here = Place(*index, jnp.arange(length)[None], None, At(data.origin[0] + index[0][:, 0], head, None, None))
-            here = here._replace(at=here.at._replace(query=jnp.where((n < count)[:, None, None], cut.query_positions.read(here), -1)))
-            row = lambda x: x.read(here).reshape(len(n), heads, self.tiling.bq, -1)
-            q, mine = row(cut.query), jax.tree.map(row, cut.rows, is_leaf=is_blocked)
-            chosen = table.blocks(here).reshape(len(n), length)
+            batch, kv_head, lane, block = (x[:, None] for x in jnp.unravel_index(jnp.minimum(n, count - 1), (b, k, lanes, nq)))
+            here = Place(batch, kv_head, lane, block, jnp.arange(length)[None], None, None, None)
+            query_positions = jnp.where((n < count)[:, None], cut.query_positions.read(here)[:, 0], -1)[..., None]
+            head = (data.origin[1] + kv_head) * g + lane + jnp.arange(heads, dtype=jnp.int32)
+            q, mine = jax.tree.map(lambda x: x.read(here)[:, 0], (cut.query, cut.rows), is_leaf=is_blocked)
+            chosen = table.read(here).reshape(len(n), length)
             chosen = jnp.where(chosen < 0, padding, chosen)
 
             def step(slab, state):
                 entry = slab * m + jnp.arange(m, dtype=jnp.int32)[None]
                 place = here._replace(entry=entry, chosen=lax.dynamic_slice_in_dim(chosen, slab * m, m, 1))
-                place = place._replace(at=place.at._replace(key=cut.key_positions.read(place)))
-                keys, values = (None if x is None else x.read(place)[:, 0] for x in (cut.key, cut.value))
-                blocks = jax.tree.map(lambda x: x.read(place), cut.operands, is_leaf=is_blocked)
+                key_positions = cut.key_positions.read(place).reshape(len(n), 1, m * bk)
+                place = place._replace(offset=jnp.clip(key_positions - query_positions, low, high) - low,
+                                       at=At(data.origin[0] + batch[:, 0], head, query_positions, key_positions))
+                keys, values = (None if x is None else x.read(place).reshape(len(n), m * bk, -1) for x in (cut.key, cut.value))
+                blocks = jax.tree.map(lambda x: x.read_operand(place, bk), cut.operands, is_leaf=is_blocked)
 
                 def over_heads(function, rows):
                     function = jax.vmap(jax.vmap(function, in_axes=(0, None, None, 0, At(None, 0, None, None), axes)))
@@ -262,7 +252,7 @@ class Selected:
             if differentiable:
                 slabs = jnp.arange(length // m, dtype=jnp.int32)
                 state, _ = lax.scan(jax.checkpoint(lambda state, slab: (step(slab, state), None)), state, slabs)
-            else:  # -1 comes last in a row
+            else:  # padding comes last in a row
                 state = lax.fori_loop(0, (jnp.max((chosen < padding).sum(1)) + m - 1) // m, step, state)
             return state[0], each_head(finish)(state[1])
 
@@ -305,8 +295,9 @@ class Selected:
             one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, data.seed, True)
             dq, dk, dv, drows, dblocks = over_heads(one, rows)
             key, value, operands = total
-            total = (key.add(place, dk[:, :, None]), None if dv is None else value.add(place, dv[:, :, None]),
-                     [x.add(place, dx) for x, dx in zip(operands, dblocks, strict=True)])
+            by_block = lambda x: x.sum(1).reshape(*place.chosen.shape, -1, x.shape[-1])
+            total = (key.add(place, by_block(dk)), None if dv is None else value.add(place, by_block(dv)),
+                     [x.add_operand(place, dx) for x, dx in zip(operands, dblocks, strict=True)])
             return total, jax.tree.map(jnp.add, carry, (dq, drows))
 
         # Cutting is linear: its transpose puts the gradients of blocks together.

@@ -5,6 +5,7 @@ arithmetic on positions and mask operands (:meth:`pallas_kernels.parts.Mask.bloc
 and costs one entry a tile. A run-time list of the tiles worth visiting follows from it: full ones first, then partial ones.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,12 @@ def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
     """Tile sizes for a call: given ones, or what was fastest at its shape class."""
     bq, bk = (512, 512) if block_sizes is None else check_block_sizes(block_sizes)
     return Tiling(min(bq, data.query.shape[3]), min(bk, data.key.shape[2]), 1)
+
+
+def without_padding(program: Program, tiling: Tiling) -> Program:
+    """The program, told that no position is padding where that is known: by default positions in whole blocks."""
+    whole = program.sizes.queries % tiling.bq == 0 and program.sizes.keys % tiling.bk == 0
+    return dataclasses.replace(program, parts=dataclasses.replace(program.parts, real=program.contiguous and whole))
 
 
 class Visits(NamedTuple):

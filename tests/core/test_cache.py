@@ -20,9 +20,10 @@ def sequence():
 def mechanism(name):
     bias = scores.t5_bias(jax.random.normal(jax.random.key(7), (8, 4), jnp.float32), max_distance=9)
     return {
-        "contiguous": attnx.pairs(mask=masks.causal(), scores=bias, weights=weights.softmax(sink=0.1)),
+        "contiguous": attnx.pairs(mask=masks.causal(), scores=bias, weights=weights.softmax(sink=0.1), implementation="reference"),
         "rolling": attnx.pairs(mask=masks.sliding_window(4), scores=bias, implementation="blockwise"),
-        "rolling, other weights": attnx.pairs(mask=masks.sliding_window(3) & masks.dilated(2), weights=weights.sigmoid(), scale=0.7),
+        "rolling, other weights": attnx.pairs(mask=masks.sliding_window(3) & masks.dilated(2), weights=weights.sigmoid(), scale=0.7,
+                                              implementation="reference"),
     }[name]
 
 
@@ -43,7 +44,7 @@ def test_decoding_is_the_parallel_form(name):
         traces.append(query.shape[1])
         return mixer.step(state, query, key, value)
 
-    for pieces in ([1] * T, [6, 1, 1, 1, 1, 1], [1, 6, 1, 3]):
+    for pieces in ([1] * T, [6, 1, 1, 1, 1, 1], [1, 5, 5]):
         state = mixer.init(2, T, 2, 5, 3, jnp.float64)
         shapes, outputs, start = jax.tree.map(jnp.shape, state), [], 0
         assert state.key.shape == (2, SLOTS[name], 2, 5) and state.value.shape == (2, SLOTS[name], 2, 3)
@@ -54,7 +55,7 @@ def test_decoding_is_the_parallel_form(name):
             outputs.append(out)
             start += size
         assert_agree(jnp.concatenate(outputs, axis=1), expected, 1e-13)
-    assert sorted(traces) == [1, 3, 6]
+    assert sorted(traces) == [1, 5, 6]
 
 
 def test_contents():
@@ -83,7 +84,7 @@ def test_prefill_longer_than_a_rolling_cache():
 def test_cache_keeps_its_dtype():
     """Tokens are stored in the cache's dtype, and the output has the query's."""
     query, key, value = (x.astype(jnp.bfloat16) for x in arrays(jnp.float32, queries=2, keys=2)[:3])
-    mixer = attnx.pairs(mask=masks.causal())
+    mixer = attnx.pairs(mask=masks.causal(), implementation="reference")
     state, out = mixer.step(mixer.init(2, 8, 2, 5, 3, jnp.bfloat16), query, key, value)
     assert state.key.dtype == state.value.dtype == out.dtype == jnp.bfloat16
     assert cache.append(state, key.astype(jnp.float32), value.astype(jnp.float32)).key.dtype == jnp.bfloat16
@@ -109,7 +110,7 @@ def test_segments():
     query, key, value = sequence()
     ids = jnp.array([[0] * 4 + [1] * 7, [0] * 9 + [1] * 2])
     got, expected = jax.jit(lambda: (
-        [attnx.pairs(mask=mask)(query, key, value, segment_ids=ids) for mask in (masks.causal(), None)],
+        [attnx.pairs(mask=mask, implementation="reference")(query, key, value, segment_ids=ids) for mask in (masks.causal(), None)],
         [attnx.attention(query, key, value, mask=mask, implementation="reference") for mask in (masks.causal() & masks.documents(ids), masks.documents(ids))]))()
     assert_agree(got, expected, 1e-13)
 

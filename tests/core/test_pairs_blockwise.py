@@ -196,3 +196,13 @@ def test_dtypes(dtype):
             assert [g.dtype for g in got["gradients"]] == [dtype] * 3 + [jnp.float32]
             assert_agree(got | {"r": truth["r"]}, truth, TOLERANCE[dtype])
             assert_agree(got["r"], truth["r"], 2e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_numpy_arrays(implementation):
+    """NumPy inputs, float64 by nature, are taken as JAX takes them."""
+    query, key, value, _ = (np.asarray(x, np.float64) for x in arrays(jnp.float32, queries=T, keys=T))
+    out, r = attnx.attention(query, key, value, mask=masks.documents(np.arange(T) // 5), key_positions=np.arange(T), implementation=implementation,
+                             return_residual=True)
+    assert isinstance(out, jax.Array) and out.dtype == r.dtype == jnp.float32

@@ -1,5 +1,6 @@
 """Parts that a user writes - a member of the exponential family, a similarity, statistics, operands of every kind - against dense formulas."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -235,16 +236,25 @@ def test_operands():
     assert_is(weigh, call, parameters)
 
 
-def _near(at, widths):
-    return jnp.abs(at.query - at.key) <= widths
+def _near(at, widths, factor):
+    return jnp.abs(at.query - at.key) <= widths * factor
 
 
 def test_predicate_with_operands():
-    """A predicate sees its parameters by block."""
+    """A predicate sees its parameters by block; its real ones have a gradient of zero."""
     q, k, v, _ = arrays()
     widths = jax.random.randint(jax.random.key(1), (B, N, T), -1, 6)
-    mask = masks.predicate(_near, attnx.Operand(widths, ("batch", "head", "query")))
-    run = lambda implementation: attnx.attention(q, k, v, mask=mask, implementation=implementation, block_sizes=(4, 4))
-    allowed = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(S)) <= widths[..., None]
-    got, expected = jax.jit(lambda: ([run("blockwise"), run("reference")], oracles.attend(oracles.softmax, q, k, v, allowed)))()
-    assert_agree(got, [expected] * 2, 1e-13)
+    allowed = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(S)) <= widths[..., None] * 1.5
+
+    def ours(implementation, q, factor):
+        mask = masks.predicate(_near, attnx.Operand(widths, ("batch", "head", "query")), factor)
+        out = attnx.attention(q, k, v, mask=mask, implementation=implementation, block_sizes=(4, 4))
+        return jnp.sin(out).sum(), out
+
+    def formula(q, factor):
+        out = oracles.attend(oracles.softmax, q, k, v, allowed)
+        return jnp.sin(out).sum() + 0 * factor, out
+
+    run = lambda f: jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(q, jnp.asarray(1.5))
+    got, expected = jax.jit(lambda: ([run(partial(ours, name)) for name in ("blockwise", "reference")], run(formula)))()
+    assert_agree(got, [expected] * 2, 1e-12)

@@ -13,20 +13,18 @@ HEADS, SIZE = 4, 32
 
 CALLS = {
     "causal": lambda table, ids: dict(mask=masks.causal()),
-    "learned offset bias": lambda table, ids: dict(mask=masks.causal(), scores=scores.t5_bias(table)),
-    "traced documents": lambda table, ids: dict(mask=masks.causal() & masks.documents(ids)),
-    "all at once, forward": lambda table, ids: dict(mask=masks.causal() & masks.documents(ids), scores=scores.t5_bias(table)),
+    "causal, learned offset bias, traced documents": lambda table, ids: dict(mask=masks.causal() & masks.documents(ids), scores=scores.t5_bias(table)),
 }
 
 
-def temporary_bytes(call, length, backward):
-    """Of the compiled attention, or of its value and all gradients."""
+def temporary_bytes(call, length):
+    """Of the compiled attention and all its gradients."""
     def loss(query, key, value, table, ids):
         return attnx.attention(query, key, value, implementation="blockwise", block_sizes=(128, 128), **call(table, ids)).sum()
 
     array = jax.ShapeDtypeStruct((1, length, HEADS, SIZE), jnp.float32)
-    function = jax.value_and_grad(loss, argnums=(0, 1, 2, 3)) if backward else loss
-    lowered = jax.jit(function).lower(array, array, array, jax.ShapeDtypeStruct((32, HEADS), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32))
+    table, ids = jax.ShapeDtypeStruct((32, HEADS), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3))).lower(array, array, array, table, ids)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -34,7 +32,7 @@ def temporary_bytes(call, length, backward):
 @pytest.mark.parametrize("name", CALLS)
 def test_linear_in_length(name):
     """The slope of log bytes over log length is 1."""
-    sizes = [temporary_bytes(CALLS[name], length, backward="forward" not in name) for length in LENGTHS]
+    sizes = [temporary_bytes(CALLS[name], length) for length in LENGTHS]
     slope, _ = np.polyfit(np.log(LENGTHS), np.log(sizes), 1)
     assert abs(slope - 1) < 0.1, sizes
     assert abs(np.log(sizes[-1] / sizes[-2]) / np.log(2) - 1) < 0.1, sizes

@@ -36,7 +36,6 @@ def always(query, key):
 
 MASKS = {
     "none": (None, None),
-    "causal": (masks.causal(), None),
     "causal, traced documents": (masks.causal() & masks.documents(IDS), None),
     "window, blocks permuted": (masks.sliding_window(6), (jnp.arange(LENGTH).reshape(-1, BLOCK)[ORDER]).reshape(-1)),
     "prefix or causal, padding": ((masks.prefix(jnp.asarray(6)) | masks.causal()) & masks.lengths(jnp.asarray(18), jnp.asarray(14)), None),

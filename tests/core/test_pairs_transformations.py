@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from agreement import arrays, assert_agree
 from jax.sharding import Mesh, PartitionSpec

@@ -35,7 +35,6 @@ def buckets(offset, count, furthest, bidirectional):
 CHANGES = {
     "bias": (scores.bias, lambda s, bias: s + bias, lambda: normal(0, 2, N, T, S)),
     "bias of heads and rows": (scores.bias, lambda s, bias: s + bias, lambda: normal(0, N, T, 1)),
-    "bias of columns": (scores.bias, lambda s, bias: s + bias, lambda: normal(0, 1, S)),
     "alibi": (scores.alibi, lambda s, slopes: s - slopes[:, None, None] * np.abs(OFFSET), lambda: normal(0, N)),
     "soft_cap": (scores.soft_cap, lambda s, cap: cap * jnp.tanh(s / cap), lambda: jnp.asarray(0.7)),
     "t5, both directions": (lambda table: scores.t5_bias(table, max_distance=9),
