@@ -69,7 +69,7 @@ def bind_operand(operand: Operand, sizes: Sizes, owner: str) -> tuple[jax.Array,
         if name is not None and length not in (1, full[name]):
             raise ValueError(f"{owner}: expected {name} axis of size 1 or {full[name]}, got {length} in shape {array.shape} with axes {axes}")
 
-    varies = [i for i, (name, size) in enumerate(zip(axes, array.shape)) if name is None or size > 1]
+    varies = [i for i, (name, size) in enumerate(zip(axes, array.shape)) if name is None or size != 1]
     array, axes = array.reshape([array.shape[i] for i in varies]), tuple(axes[i] for i in varies)
 
     def size(name):

@@ -70,7 +70,7 @@ class Place(NamedTuple):
     at: At  # [C], [C, group], [C, bq, 1], [C, 1, m bk]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["shape", "axes"])
 @dataclasses.dataclass(frozen=True)
 class Blocked:
     """An array some of whose axes a place indexes by name ('one': of size 1, whatever the place); the others a tile reads whole.
@@ -78,13 +78,14 @@ class Blocked:
     Operands are [batch, kv_head, lane, group, block, rows, chosen or entry, columns, *None axes] or [batch, kv_head, lane, group, offset].
     """
 
-    array: Any
+    array: Any  # in another shape, and seen in this one only where it is read, or else compilers copy the whole of a cache that is updated in place
+    shape: tuple[int, ...]
     axes: tuple[str | None, ...]
 
     @property
     def grouped(self) -> bool:
         """Whether an operand varies over the heads of a tile."""
-        return self.array.shape[3] > 1
+        return self.shape[3] > 1
 
     def _index(self, place: Place):
         index = place._asdict() | {"one": jnp.zeros_like(place.batch)}
@@ -94,11 +95,12 @@ class Blocked:
 
     def read(self, place: Place):
         """[C, m or 1, *whole axes], or [C, bq, m bk, *whole axes] of an offset table; the edge for what lies outside."""
-        return self.array.at[self._index(place)].get(mode="clip")
+        return self.array.reshape(self.shape).at[self._index(place)].get(mode="clip")
 
     def add(self, place: Place, x):
         """With the gradient of what :meth:`read` returned added, but for what lies outside."""
-        return dataclasses.replace(self, array=self.array.at[self._index(place)].add(x, mode="drop"))
+        array = self.array.reshape(self.shape).at[self._index(place)].add(x, mode="drop")
+        return dataclasses.replace(self, array=array.reshape(self.array.shape))
 
     def read_operand(self, place: Place, bk: int):
         """The block of an operand, [C, group, rows, keys, *None axes], without the group where it does not vary."""
@@ -169,14 +171,14 @@ class Selected:
         split = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
         lead = ("batch" if spec.batch else "one", "kv_head" if spec.kv else "one", "lane" if spec.group and self.lanes > 1 else "one", None)
         if spec.offset:
-            return Blocked(x.reshape(*x.shape[:2], *split, -1), (*lead, "offset"))
+            return Blocked(x, (*x.shape[:2], *split, x.shape[3]), (*lead, "offset"))
         if by_entry:
             x = widen(x, 6, -x.shape[6] % self.entries, constant_values=-1)
-            return Blocked(x.reshape(*x.shape[:2], *split, x.shape[5], 1, x.shape[6], 1), (*lead, "block", None, "entry", None))
+            return Blocked(x, (*x.shape[:2], *split, x.shape[5], 1, x.shape[6], 1), (*lead, "block", None, "entry", None))
         rows, columns = self.tiling.bq if spec.query else 1, self.tiling.bk if spec.key else 1
         x = widen(widen(x, 3, -x.shape[3] % rows, "edge"), 4, -x.shape[4] % columns, "edge")
-        x = x.reshape(*x.shape[:2], *split, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
-        return Blocked(x, (*lead, "block" if spec.query else "one", None, "chosen" if spec.key else "one", None, *(None,) * (x.ndim - 8)))
+        shape = (*x.shape[:2], *split, x.shape[3] // rows, rows, x.shape[4] // columns, columns, *x.shape[5:])
+        return Blocked(x, shape, (*lead, "block" if spec.query else "one", None, "chosen" if spec.key else "one", None, *(None,) * (x.ndim - 5)))
 
     def _cut(self, data: Data, rows=()) -> Cut:
         (bq, bk, _), specs, scores = self.tiling, self.program.specs, self.program.parts.scores
@@ -187,15 +189,15 @@ class Selected:
         def of_rows(x):  # [B, K, G, T, X]
             x = widen(x, 3, -x.shape[3] % bq)
             split = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
-            return Blocked(x.reshape(*x.shape[:2], *split, -1, bq, x.shape[4]), ("batch", "kv_head", "lane", None, "block", None, None))
+            return Blocked(x, (*x.shape[:2], *split, x.shape[3] // bq, bq, x.shape[4]), ("batch", "kv_head", "lane", None, "block", None, None))
 
         def of_keys(x):  # [B, K, S, X], in the order in which it came from the caller
             x = jnp.swapaxes(widen(x, 2, -x.shape[2] % bk), 1, 2)
-            return Blocked(x.reshape(x.shape[0], -1, bk, *x.shape[2:]), ("batch", "chosen", None, "kv_head", None))
+            return Blocked(x, (x.shape[0], x.shape[1] // bk, bk, *x.shape[2:]), ("batch", "chosen", None, "kv_head", None))
 
         def positions(x, more, size, name):
             x = widen(x, 1, more, constant_values=-1)
-            return Blocked(x.reshape(x.shape[0], -1, size), ("batch" if x.shape[0] > 1 else "one", name, None))
+            return Blocked(x, (x.shape[0], x.shape[1] // size, size), ("batch" if x.shape[0] > 1 else "one", name, None))
 
         t, s = data.query_positions.shape[1], data.key_positions.shape[1]
         return Cut(of_rows(data.query), of_keys(data.key), None if data.value is None else of_keys(data.value),
@@ -219,7 +221,7 @@ class Selected:
         b, k, g, t, _ = data.query.shape
         (bq, bk, _), m, lanes, cut, (low, high) = self.tiling, self.entries, self.lanes, self._cut(data, rows), self.program.sizes.offsets
         table = cut.operands.mask[0]
-        nq, padding, length = -(-t // bq), cut.key.array.shape[1], table.array.shape[6]
+        nq, padding, length = -(-t // bq), cut.key.shape[1], table.shape[6]
         count, heads = b * k * lanes * nq, g // lanes
         axes = jax.tree.map(lambda x: 0 if x.grouped else None, cut.operands, is_leaf=is_blocked)
         each_head = lambda f: jax.vmap(jax.vmap(f))
