@@ -64,7 +64,7 @@ def local(left: int | None = None, right: int | None = None) -> Mask:
 def sliding_window(size: int) -> Mask:
     """Causal attention to the last ``size`` positions, the query's own included: ``query - size < key <= query``.
 
-    A decoder with this mask needs a cache of ``size`` tokens only (:func:`attnx.core.cache.rolling`).
+    A decoder with this mask needs a cache of ``size`` tokens only (see :mod:`attnx.core.cache`).
 
     >>> import attnx, jax.numpy as jnp
     >>> q = k = v = jnp.ones((1, 5, 1, 8))
