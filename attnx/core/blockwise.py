@@ -19,6 +19,8 @@ from attnx.core.tiling import (
     add_operand_block,
     add_rows_block,
     at_block,
+    by_head,
+    by_token,
     cover,
     keys_block,
     map_operands,
@@ -26,7 +28,9 @@ from attnx.core.tiling import (
     over_lanes,
     pad_rows,
     pad_to_blocks,
+    put_token_rows_block,
     rows_block,
+    token_rows_block,
     unpad_operand,
     visits,
 )
@@ -49,12 +53,12 @@ class Blockwise:
         return x
 
     def load(self, data: Data, where: Where):
-        """What a tile function wants at ``where`` (padded data): q, k, v, positions, blocks."""
+        """What a tile function wants at ``where`` (padded data) besides queries: k, v, positions, blocks."""
         program, tiling = self.program, self.tiling
         positions = at_block(data, where, tiling)
         blocks = map_operands(lambda x, spec: operand_block(program, x, spec, positions, where, tiling), data.operands, program.specs)
         v = None if data.value is None else keys_block(data.value, where, tiling)
-        return rows_block(data.query, where, tiling), keys_block(data.key, where, tiling), v, positions, blocks
+        return keys_block(data.key, where, tiling), v, positions, blocks
 
     def fold_rows(self, data: Data, init, body, finish, rows=(), *, differentiable: bool = False):
         """Folds ``body`` over the keys of every query.
@@ -75,15 +79,19 @@ class Blockwise:
         data, rows = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling)
         nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
         todo = visits(cover(program, data, tiling), tiling)
+        by_tokens = jax.tree.map(by_token, (data.query, rows))
+
+        def place(n):
+            return Where(n // (chunks * nq), n // nq % chunks, n % nq, 0)
 
         def block(n):
-            where = Where(n // (chunks * nq), n // nq % chunks, n % nq, 0)
+            where = place(n)
             order, full, active = todo.of(where.b, where.c, where.i)
-            mine = jax.tree.map(lambda x: rows_block(x, where, tiling), rows)
+            q, mine = jax.tree.map(lambda x: token_rows_block(x, where, tiling, g), by_tokens)
 
             def visit(slot, carry, masked):
                 here = where._replace(j=order[slot])
-                q, keys, v, positions, blocks = self.load(data, here)
+                keys, v, positions, blocks = self.load(data, here)
                 one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, data.seed, masked)
                 return over_lanes(one, program, data, here, tiling)(q, keys, v, (carry, mine), positions, blocks)
 
@@ -99,13 +107,23 @@ class Blockwise:
                 carry = lax.fori_loop(full, active, partial(visit, masked=True), carry)
             return jax.vmap(jax.vmap(finish))(carry)
 
-        results = lax.map(jax.checkpoint(block) if differentiable else block, jnp.arange(b * chunks * nq, dtype=jnp.int32))
+        count = b * chunks * nq
+        if differentiable:
+            stacked = lax.map(jax.checkpoint(block), jnp.arange(count, dtype=jnp.int32))
 
-        def assemble(x):
-            x = x.reshape(b, chunks, nq, tiling.lanes, g, tiling.bq, x.shape[-1])
-            return x.transpose(0, 1, 3, 4, 2, 5, 6).reshape(b, k, g, nq * tiling.bq, x.shape[-1])[:, :, :, :t]
+            def assemble(x):
+                x = x.reshape(b, chunks, nq, tiling.lanes, g, tiling.bq, x.shape[-1])
+                return x.transpose(0, 1, 3, 4, 2, 5, 6).reshape(b, k, g, nq * tiling.bq, x.shape[-1])
 
-        return jax.tree.map(assemble, results)
+            results = jax.tree.map(assemble, stacked)
+        else:
+            def put(n, results):
+                return jax.tree.map(lambda total, x: put_token_rows_block(total, x, place(n), tiling), results, block(n))
+
+            like = jax.eval_shape(block, 0)
+            results = jax.tree.map(lambda x: jnp.zeros((b, nq * tiling.bq, k * g, x.shape[-1]), x.dtype), like)
+            results = jax.tree.map(lambda x: by_head(x, g), lax.fori_loop(0, count, put, vary(results, axes)))
+        return jax.tree.map(lambda x: x[:, :, :, :t], results)
 
     def fold_keys(self, data: Data, body, rows, gradient_of):
         """Sums ``body(q, k, v, rows, at, blocks, seed, masked) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
@@ -131,8 +149,8 @@ class Blockwise:
             def visit(slot, carry, masked):
                 query_side, key_side, operand_side = carry
                 here = where._replace(i=order[slot])
-                q, keys, v, positions, blocks = self.load(data, here)
-                mine = jax.tree.map(lambda x: rows_block(x, here, tiling), rows)
+                keys, v, positions, blocks = self.load(data, here)
+                q, mine = jax.tree.map(lambda x: rows_block(x, here, tiling), (data.query, rows))
                 one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, data.seed, masked)
                 dq, dk, dv, drows, dblocks = over_lanes(one, program, data, here, tiling)(q, keys, v, mine, positions, blocks)
                 query_side = jax.tree.map(lambda total, x: add_rows_block(total, x, here, tiling), query_side, (dq, drows))

@@ -110,7 +110,7 @@ def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, s
     parts = Parts(tuple(strip(p) for p in scores), strip(mask) if mask is not None else None, strip(weights), float(scale), float(dropout_rate))
     program = Program(parts, Blocks(tuple(specs), mask_specs, weight_specs), sizes, contiguous)
     data = Data(
-        query=query.transpose(0, 2, 1, 3).reshape(b, k, n // k, t, h),
+        query=query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4),
         key=key.transpose(0, 2, 1, 3),
         value=None if value is None else value.transpose(0, 2, 1, 3),
         operands=Blocks(tuple(arrays), mask_arrays, weight_arrays),
@@ -132,7 +132,7 @@ def _positions(positions, length):
 def unbind_output(out, dtype):
     """[B, K, G, T, X] as [B, T, N, X] in the query's dtype."""
     b, k, g, t, x = out.shape
-    return out.reshape(b, k * g, t, x).transpose(0, 2, 1, 3).astype(dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, x).astype(dtype)
 
 
 def partition(tree):

@@ -31,8 +31,8 @@ def scores(program: Program, data: Data):
 
     def element(b):
         where = Where(b, 0, 0, 0)
-        q, keys, v, positions, blocks = load(data, where)
-        return over_lanes(head, program, data, where, tiling)(q, keys, v, (), positions, blocks)
+        keys, v, positions, blocks = load(data, where)
+        return over_lanes(head, program, data, where, tiling)(data.query[b], keys, v, (), positions, blocks)
 
     return jax.vmap(element)(jnp.arange(b, dtype=jnp.int32))
 

@@ -198,6 +198,30 @@ def add_rows_block(total, block, where: Where, tiling: Tiling):
     return _add(total, block[None], (where.b, where.c * tiling.lanes, 0, where.i * tiling.bq, 0))
 
 
+def by_token(x):
+    """[B, K, G, T, X] as [B, T, N, X]: how a call brings queries and takes outputs, so that neither need be laid out anew."""
+    b, k, g, t, size = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(b, t, k * g, size)
+
+
+def by_head(x, groups: int):
+    """The inverse of :func:`by_token`."""
+    b, t, n, size = x.shape
+    return jnp.moveaxis(x.reshape(b, t, n // groups, groups, size), 1, 3)
+
+
+def token_rows_block(x, where: Where, tiling: Tiling, groups: int):
+    """[B, T, N, X] -> [lanes, G, bq, X]."""
+    heads = tiling.lanes * groups
+    return by_head(_slice(x, (where.b, where.i * tiling.bq, where.c * heads, 0), (1, tiling.bq, heads, x.shape[3])), groups)[0]
+
+
+def put_token_rows_block(total, block, where: Where, tiling: Tiling):
+    """Writes [lanes, G, bq, X] to rows [B, T, N, X]."""
+    block = by_token(block[None])
+    return lax.dynamic_update_slice(total, block, [jnp.asarray(s, jnp.int32) for s in (where.b, where.i * tiling.bq, where.c * block.shape[2], 0)])
+
+
 def keys_block(x, where: Where, tiling: Tiling):
     """[B, K, S, X] -> [lanes, bk, X]."""
     return cut(x, (where.b, where.c * tiling.lanes, where.j * tiling.bk, 0), (None, tiling.lanes, tiling.bk, x.shape[3]))
