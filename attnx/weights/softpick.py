@@ -4,14 +4,29 @@ Zuhri, Fuadi, Aji: "Softpick: No Attention Sink, No Massive Activations with Rec
 
     w_ij = relu(e^s_ij - 1) / sum_j |e^s_ij - 1|
 
-Written with d = tanh(s/2) (e^(s-m) + e^-m) = (e^s - 1) e^-m, which is exact near s = 0 and finite for every m >= max(s, 0). A row whose
-scores are all 0 weighs nothing: output and gradients are zero (the released code adds 1e-8 to the denominator instead).
+Written with d = (e^s - 1) e^-m, finite for every m >= max(s, 0); near s = 0, where e^(s-m) - e^-m would cancel, by the series of e^s - 1. A row
+whose scores are all 0 weighs nothing: output and gradients are zero (the released code adds 1e-8 to the denominator instead).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.parts import Exponential, part
+
+
+_NEAR = 0.5
+
+
+def _less_one(s):
+    """e^s - 1 for |s| <= 1/2, clipped there: as many terms of its series as the dtype can tell (cheaper than tanh(s/2) (e^s + 1), which fits all s)."""
+    s = jnp.clip(s, -_NEAR, _NEAR)
+    last = next(n for n in range(2, 100) if _NEAR**n / math.factorial(n + 1) < jnp.finfo(s.dtype).eps / 8)
+    series = 1 / math.factorial(last)
+    for n in range(last - 1, 0, -1):
+        series = series * s + 1 / math.factorial(n)
+    return s * series
 
 
 @part
@@ -22,7 +37,8 @@ class Softpick(Exponential):
         return jnp.maximum(s, 0)
 
     def terms(self, s, m):
-        d = jnp.tanh(s / 2) * (jnp.exp(s - m) + jnp.exp(-m))
+        one = jnp.exp(-m)
+        d = jnp.where(jnp.abs(s) < _NEAR, one * _less_one(s), jnp.exp(s - m) - one)
         return jax.nn.relu(d), jnp.abs(d)
 
 
