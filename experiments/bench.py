@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from rich.table import Table
 import attnx
 from attnx import masks, weights
 from attnx.cli import UsageError
+from experiments import markdown
 from experiments.options import parse
 from experiments.progress import Meter
 
@@ -243,18 +243,11 @@ def _draw(summary, path):
 
 def _write(summary, options):
     """Puts the results between the command's marks in a Markdown file."""
-    begin, end = "<!-- begin: attnx bench -->", "<!-- end: attnx bench -->"
     machine = summary["machine"]
     command = "attnx bench" + (" --peers" if options.peers else "")
-    lines = [begin, "", f"`{command}` on {machine['cores']} cores ({machine['device']}), Python {machine['python']}, jax {machine['jax']}; "
+    lines = [f"`{command}` on {machine['cores']} cores ({machine['device']}), Python {machine['python']}, jax {machine['jax']}; "
              f"medians, ratios within rounds; 1 x T x {options.heads} x {options.size}, float32.", ""]
     for contest in dict.fromkeys(row["contest"] for row in summary["results"]):
-        lines += [f"**{contest}**", "", "| " + " | ".join(_COLUMNS) + " |", "|---" + "|---:" * (len(_COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in summary["results"] if row["contest"] == contest] + [""]
-    try:
-        text = options.write.read_text()
-    except OSError as error:
-        raise UsageError(f"--write: cannot read {options.write}: {error.strerror}") from error
-    if begin not in text or end not in text:
-        raise UsageError(f"--write: {options.write} has no marks '{begin}' and '{end}'")
-    options.write.write_text(re.sub(f"{re.escape(begin)}.*?(?={re.escape(end)})", lambda _: "\n".join(lines), text, flags=re.DOTALL))
+        rows = [_cells(row) for row in summary["results"] if row["contest"] == contest]
+        lines += [f"**{contest}**", "", *markdown.table(_COLUMNS, rows), ""]
+    markdown.replace(options.write, "attnx bench", lines)

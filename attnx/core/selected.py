@@ -4,7 +4,8 @@
 
 The table of chosen blocks is traced: what a mechanism of dynamic sparsity computes from queries and keys. Executed by gathering: a few
 query blocks and some of their key blocks make one tile, whose mathematics is the pairs engine's (:mod:`attnx.core.operations`), so scores, masks,
-weights and their gradients are the same. Gradients of keys are scattered back.
+weights and their gradients are the same. Gradients of keys are scattered back. On a TPU the fused kernels of the pairs engine do it without gathering
+(:mod:`attnx.core.selected_fused`).
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from attnx.core import checks, operations
 from attnx.core.attention import attention, prepare, sink_of, with_sink
 from attnx.core.program import Data, Program, unbind_output
+from attnx.core.selected_fused import FusedSelected, choose_fused
 from attnx.core.selected_gathered import Chosen, Extra, Selected
 from attnx.core.tiling import Tiling, widen
 from pallas_kernels.parts import Mask, Score, Softmax, Weights
@@ -48,8 +50,8 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
         None adds nothing.
       scores, mask, weights, scale, dropout_rate, dropout_key: as in :func:`attnx.attention`. Masks and scores see logical positions.
       query_positions, key_positions: as there; -1 is padding.
-      implementation: "reference" (the pairs engine's, under the equivalent mask: O(T S) memory, forward mode), "gathered" (XLA, any backend), or None
-        for the best. "pallas" has no kernel yet.
+      implementation: "reference" (the pairs engine's, under the equivalent mask: O(T S) memory, forward mode), "gathered" (XLA, any backend), "pallas"
+        (fused TPU kernels; block sizes powers of two from 8, at their best from 128), or None for the best of the first two.
       return_residual: also return r [B, T, N], the log of each row's normaliser, -inf for rows that attend to nothing. Exponential weights only.
 
     Returns:
@@ -75,8 +77,6 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     (1, 8, 2, 4)
     """
     checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "pallas":
-        raise NotImplementedError("implementation='pallas': no kernel is plugged in here; use 'gathered' or None")
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_array(name, x)
     checks.check_query_key_value(query, key, value)
@@ -92,7 +92,10 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     if materialise:
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)
     _, program, data = prepare(query, key, value, **parts)
-    out, r = _execute(choose(program, data, bq, bk), data, sink_of(program, weights))
+    executor = choose(program, data, bq, bk)
+    if implementation == "pallas":
+        executor = choose_fused(program, data, executor)
+    out, r = _execute(executor, data, sink_of(program, weights))
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -145,5 +148,5 @@ def choose(program: Program, data: Data, bq: int, bk: int) -> Selected:
 
 
 @partial(jax.jit, static_argnums=0)
-def _execute(executor: Selected, data: Data, sink):
+def _execute(executor: Selected | FusedSelected, data: Data, sink):
     return with_sink(operations.output(executor, data), sink)

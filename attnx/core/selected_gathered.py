@@ -19,7 +19,7 @@ from pallas_kernels import tile
 from pallas_kernels.parts import At, Blocks, Mask, Operand, Score, Spec, part, static
 
 # The selection as parts: ``materialised``, arrays over queries and keys, which every execution evaluates; otherwise arrays over query blocks and entries
-# of the table, which only the gathered one knows how to read.
+# of the table, which the executions of the selected engine know how to read.
 
 
 def _axes(array, sizes, materialised):
@@ -37,7 +37,7 @@ class Chosen(Mask):
         return (Operand(self.table, _axes(self.table, sizes, self.materialised)),)
 
     def tile(self, at, chosen):
-        return chosen >= 0 if self.materialised else at.key >= 0  # an entry of -1 is gathered as a block of padding
+        return chosen >= 0
 
 
 @part

@@ -114,9 +114,10 @@ def _extent(x, axis, block):
     return x.min(axis + 1), x.max(axis + 1)
 
 
-def cover(program: Program, data: Data, tiling: Tiling) -> Cover:
-    """The tile table of padded data: booleans [B or 1, K or 1, G or 1, nq, nk]."""
+def cover(program: Program, data: Data, tiling: Tiling, blocks=None) -> Cover:
+    """The tile table of padded data: booleans [B or 1, K or 1, G or 1, nq, nk], or [.., nq, L] at key ``blocks`` of each query block, shaped so, alone."""
     limit = jnp.iinfo(jnp.int32)
+    pick = (lambda x: x) if blocks is None else lambda x: jnp.take_along_axis(x, blocks, axis=4, mode="clip")
 
     def positions(p, block):
         blocks = p.reshape(p.shape[0], -1, block)
@@ -127,7 +128,7 @@ def cover(program: Program, data: Data, tiling: Tiling) -> Cover:
     query, q_some, q_every = positions(data.query_positions, tiling.bq)
     key, k_some, k_every = positions(data.key_positions, tiling.bk)
     column = lambda x: x[:, None, None, :, None]
-    row = lambda x: x[:, None, None, None, :]
+    row = lambda x: pick(x[:, None, None, None, :])
     some, every = column(q_some) & row(k_some), column(q_every) & row(k_every)
     mask = program.parts.mask
     if mask is None:
@@ -140,7 +141,7 @@ def cover(program: Program, data: Data, tiling: Tiling) -> Cover:
         if spec.query:
             low, high = _extent(low, 3, tiling.bq)[0], _extent(high, 3, tiling.bq)[1]
         if spec.key:
-            low, high = _extent(low, 4, tiling.bk)[0], _extent(high, 4, tiling.bk)[1]
+            low, high = pick(_extent(low, 4, tiling.bk)[0]), pick(_extent(high, 4, tiling.bk)[1])
         return Range(low, high)
 
     ranges = [extent(x, spec) for x, spec in zip(data.operands.mask, program.specs.mask)]

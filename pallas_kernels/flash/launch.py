@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.operands import LANES, block, column, form, line, matrix, spread, wide, window
-from pallas_kernels.flash.schedule import FULL, PARTIAL, Schedule, unpack
+from pallas_kernels.flash.entries import Choice, names_any, read_scores, read_table
+from pallas_kernels.flash.operands import LANES, Form, Window, block, column, form, line, matrix, spread, wide, window
+from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Schedule, unpack
 from pallas_kernels.parts import At, Blocks, Spec
 
 
@@ -26,6 +27,7 @@ class Plan:
       low: the offset (key position minus query position) of the first entry of 'offset' tables before padding.
       contiguous: positions are consecutive inside every block.
       interpret: as for ``pallas_call``.
+      choice: the blocks of keys that each block of queries has chosen, where pairs outside are not allowed.
     """
 
     specs: Blocks
@@ -36,6 +38,7 @@ class Plan:
     low: int
     contiguous: bool
     interpret: Any = False
+    choice: Choice | None = None
 
 
 class Inputs(NamedTuple):
@@ -50,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 class Here(NamedTuple):
-    """A grid step inside a kernel: the head, the step, what the schedule says of it, and its place in offset tables."""
+    """A grid step inside a kernel: the head, the step, what the schedule says of it, its place in offset tables, and the window of the chosen blocks."""
 
     b: Any
     k: Any
@@ -62,6 +65,7 @@ class Here(NamedTuple):
     first: Any
     last: Any
     offset: Any
+    table: Any
 
 
 def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callable, outputs, scratch, name: str, *,
@@ -73,12 +77,12 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
     """
     b, k, g, t, _ = data.query.shape
     nq, nk = t // plan.bq, data.key.shape[2] // plan.bk
-    by_batch, by_head = (n > 1 for n in timetable.steps.shape[:2])
-    heads, length = timetable.steps.shape[1:]
+    by_batch, heads, length = timetable.steps.shape[0] > 1, *timetable.steps.shape[1:]
+    by_group = g > 1 and heads == k * g
     q_batched, k_batched = data.query_positions.shape[0] > 1, data.key_positions.shape[0] > 1
 
     def look_up(ids, steps):
-        lists = (ids["b"] * heads if by_batch else 0) + (ids["k"] if by_head else 0)
+        lists = (ids["b"] * heads if by_batch else 0) + (ids["k"] * g + ids["g"] if by_group else ids["k"] if heads > 1 else 0)
         at = unpack(steps[lists * length + ids["s"]])
         i, j = (at.inner, at.outer) if by_key else (at.outer, at.inner)
         return {**ids, "i": i, "j": j, "kind": at.kind, "first": at.first, "last": at.last}
@@ -87,14 +91,14 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
         return look_up(dict(zip(order, args)), args[4])
 
     leaves, structure = jax.tree.flatten(data.operands)
-    forms = [form(x, spec) for x, spec in zip(leaves, flat_specs(plan), strict=True)]
+    forms = flat_forms(plan, leaves)
     positions = None if plan.contiguous else (
         line(data.query_positions[:, None, None], ("b" if q_batched else None, None, None), "i", plan.bq, turned=not by_key),
         line(data.key_positions[:, None, None], ("b" if k_batched else None, None, None), "j", plan.bk, turned=by_key))
     inputs = Inputs(
         matrix(data.query, "bkg", "i", plan.bq), matrix(data.key, "bk", "j", plan.bk), None if data.value is None else matrix(data.value, "bk", "j", plan.bk),
         jax.tree.map(lambda x: line(x[..., 0], "bkg", "i", plan.bq, turned=not by_key) if x.shape[-1] == 1 else matrix(x, "bkg", "i", plan.bq), rows),
-        positions, [window(x, f, plan.bq, plan.bk, by_key) for x, f in zip(leaves, forms)])
+        positions, [entries(x, f) if f.kind == "entry" else window(x, f, plan.bq, plan.bk, by_key) for x, f in zip(leaves, forms)])
     read, inputs_tree = jax.tree.flatten(inputs)
     slots = jax.tree.unflatten(inputs_tree, range(len(read)))  # which of the refs each is
     written, outputs_tree = jax.tree.flatten(outputs)
@@ -111,7 +115,10 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
         at = look_up({c: pl.program_id(axis) for axis, c in enumerate(order)}, steps)
         query_start = querystarts[(at["b"] * nq if q_batched else 0) + at["i"]]
         key_start = keystarts[(at["b"] * nk if k_batched else 0) + at["j"]]
-        here = Here(**at, offset=key_start - query_start - plan.low + 1)
+        table = None if plan.choice is None else ins[slots.operands[plan.choice.table]]
+        here = Here(**at, offset=key_start - query_start - plan.low + 1, table=table)
+        if by_key and table is not None and forms[plan.choice.table].spec.group:  # the list is of what any head of the group has chosen
+            here = here._replace(kind=jnp.where(names_any(plan.choice, table, here.j, plan.bk), here.kind, EMPTY))
 
         if turned:
             @pl.when(here.first & starts(here, inside))
@@ -126,6 +133,9 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
             return x.astype(read[n].array.dtype)
 
         def operand(n, f):
+            if f.kind == "entry":
+                read = partial(read_table, plan.choice) if ins[n] is table else partial(read_scores, plan.choice, table)
+                return read(ins[n], here.j, plan.bq, plan.bk, by_key)
             return block(spread(ins[n], here.offset, plan.bq, plan.bk) if f.kind == "offset" else load(n), f, by_key)
 
         def tile():
@@ -179,6 +189,17 @@ def starts(here: Here, letters: str):
 def flat_specs(plan: Plan):
     """The specs of all operands, in tree order."""
     return jax.tree.leaves(plan.specs, is_leaf=lambda x: isinstance(x, Spec))
+
+
+def flat_forms(plan: Plan, leaves):
+    """The forms of all operands, in tree order."""
+    chosen = () if plan.choice is None else (plan.choice.table, plan.choice.scores)
+    return [Form("entry", spec, (), x.dtype) if n in chosen else form(x, spec) for n, (x, spec) in enumerate(zip(leaves, flat_specs(plan), strict=True))]
+
+
+def entries(x, f: Form) -> Window:
+    """The window of a number for each chosen block, [batch, kv_head, group, nq, rows, entries]."""
+    return Window(x, (None,) * 4 + x.shape[4:], (*f.lead, "i", None, None))
 
 
 def put(refs, values):

@@ -18,18 +18,19 @@ from jax import ShapeDtypeStruct as _like
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.launch import Plan, flat_specs, launch, put, starts, visited
-from pallas_kernels.flash.operands import LANES, Form, Window, add_gathered, form, matrix, padded_offsets, row, row_output, window
-from pallas_kernels.flash.schedule import EMPTY, schedule
+from pallas_kernels.flash.entries import add_scores
+from pallas_kernels.flash.launch import Plan, entries, flat_forms, launch, put, starts, visited
+from pallas_kernels.flash.operands import LANES, Form, Window, add_gathered, matrix, padded_offsets, row, row_output, window
+from pallas_kernels.flash.schedule import EMPTY, Listed, schedule
 from pallas_kernels.parts import Cover
 from pallas_kernels.tile import accumulator_dtype
 
 
-def fold_rows(plan: Plan, table: Cover, data, init: Callable, body: Callable, finish: Callable, rows=()):
+def fold_rows(plan: Plan, table: Cover | Listed, data, init: Callable, body: Callable, finish: Callable, rows=()):
     """Folds ``body(carry, q, k, v, rows, at, blocks, seed, masked) -> carry`` over the keys of every query.
 
     Args:
-      table: the tile table of ``data``, [B or 1, K or 1, G or 1, nq, nk].
+      table: the tile table of ``data``, [B or 1, K or 1, G or 1, nq, nk], or a listed one.
       data: arrays in the canonical layout, padded to whole blocks ('offset' tables by one block on either side): query [B, K, G, T, H],
         key [B, K, S, H], value [B, K, S, Hv] or None, operands, query_positions [B or 1, T], key_positions [B or 1, S], seed uint32 [2], origin int32 [2]
         (the batch element and key-value head of the whole call that come first here).
@@ -61,11 +62,11 @@ def fold_rows(plan: Plan, table: Cover, data, init: Callable, body: Callable, fi
             jax.tree.map(_write, outputs, finish(load()))
 
     outputs = jax.tree.map(result, jax.eval_shape(finish, carries))
-    outputs = launch(plan, schedule(table), data, rows, "bkgs", step, outputs, jax.tree.map(_scratch, carries), "fold_rows")
+    outputs = launch(plan, schedule(table, varies=(True,) * 3), data, rows, "bkgs", step, outputs, jax.tree.map(_scratch, carries), "fold_rows")
     return jax.tree.map(_as_column, outputs)
 
 
-def fold_keys(plan: Plan, table: Cover, data, body: Callable, rows, gradient_of):
+def fold_keys(plan: Plan, table: Cover | Listed, data, body: Callable, rows, gradient_of):
     """Sums ``body(q, k, v, rows, at, blocks, seed, masked, transposed=...) -> (dq, dk, dv, drows, dblocks)`` over all tiles.
 
     Args:
@@ -75,12 +76,13 @@ def fold_keys(plan: Plan, table: Cover, data, body: Callable, rows, gradient_of)
     Returns the gradients of query, key and value (in their dtypes), of ``gradient_of`` and of the inexact operands (in the accumulator's dtype), all
     shaped like the padded arrays.
     """
-    chosen = [(n, form(x, spec), x.shape) for n, (x, spec) in enumerate(
-        (x, spec) for x, spec in zip(jax.tree.leaves(data.operands), flat_specs(plan), strict=True) if jnp.issubdtype(x.dtype, jnp.inexact))]
+    leaves = jax.tree.leaves(data.operands)
+    inexact = [(f, x.shape) for x, f in zip(leaves, flat_forms(plan, leaves)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    chosen = [(n, *operand) for n, operand in enumerate(inexact)]
     call = plan, data, body, rows
-    (dq, drows), query_side = _query_side(*call, schedule(table), gradient_of, [c for c in chosen if c[1].kind in ("query", "whole", "offset")])
+    (dq, drows), query_side = _query_side(*call, schedule(table, varies=(True,) * 3), gradient_of, [c for c in chosen if c[1].kind not in ("key", "pair")])
     (dk, dv), key_side = _key_side(*call, schedule(table, by_key=True), [c for c in chosen if c[1].kind == "key"])
-    pairs = {c[0]: _pair_side(*call, schedule(table, varies=c[1].spec[:2]), c) for c in chosen if c[1].kind == "pair"}
+    pairs = {c[0]: _pair_side(*call, schedule(table, varies=c[1].spec[:3]), c) for c in chosen if c[1].kind == "pair"}
     gradients = {**query_side, **key_side, **pairs}
     return dq, dk, dv, drows, [gradients[n] for n in range(len(chosen))]
 
@@ -96,6 +98,9 @@ def _query_side(plan, data, body, rows, timetable, gradient_of, chosen):
             matrices = Window(whole, (None,) * 3 + (plan.bq, *f.extra), ("b", "k", "g", "i", *(None,) * len(f.extra)))
             windows[n] = matrices if f.extra else row_output(whole, plan)
             sums[n] = pltpu.VMEM((plan.bq, *(f.extra or (LANES,))), dtype)
+        elif f.kind == "entry":
+            windows[n] = entries(_like((b, k, g, *shape[3:]), dtype), f._replace(spec=(True,) * 3))
+            sums[n] = pltpu.VMEM(shape[4:], dtype)
         else:
             block_shape = (1, 1, *f.extra) if f.kind == "whole" else (1, padded_offsets(shape[3]))
             windows[n] = Window(_like((b, k, g, *block_shape), dtype), (None,) * 3 + block_shape, ("b", "k", "g") + (None,) * len(block_shape))
@@ -121,6 +126,8 @@ def _query_side(plan, data, body, rows, timetable, gradient_of, chosen):
             for n, f, _ in chosen:
                 if f.kind == "offset":
                     add_gathered(mine[n], dblocks[n], here.offset)
+                elif f.kind == "entry":
+                    add_scores(sums[n], dblocks[n], plan.choice, here.table, here.j, plan.bk)
                 elif f.kind == "whole":
                     _add(mine[n], dblocks[n])
                 else:

@@ -1,0 +1,190 @@
+"""The kernels of the selected engine: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import agreement
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import columns, documents, normal
+from cases import sizes as case_sizes
+from jax.experimental.pallas import tpu as pltpu
+
+from attnx import masks, scores, weights
+from attnx.core import fused, selected_fused
+from attnx.core.selected import selected_attention
+from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Listed, schedule, unpack
+from pallas_kernels.parts import Cover, Exponential
+
+M = 3
+
+
+def choice(block_sizes, heads, queries, keys, batch=2):
+    """Any blocks, so with duplicates, and numbers of none on both sides; of the first query block's last row, nothing else. A score for each."""
+    (bq, bk), key = block_sizes, jax.random.key(3)
+    indices = jax.random.randint(key, (batch, heads, -(-queries // bq), M), -2, -(-keys // bk) + 1)
+    return indices.at[:, -1, 0].set(-1), jax.random.normal(key, indices.shape, float)
+
+
+@functools.partial(jax.jit, static_argnames=("block_sizes", "implementation", "dropout_rate"))
+def evaluate(query, key, value, cotangent, indices, block_scores, scores=(), mask=None, weights=weights.softmax(), **options):
+    """The output, the residual (exponential weights), and the gradients of a loss of both by all real arrays of the call."""
+    exponential = isinstance(weights, Exponential)
+
+    def loss(query, key, value, block_scores, scores, weights):
+        out = selected_attention(query, key, value, indices, block_scores=block_scores, scores=scores, mask=mask, weights=weights,
+                                 return_residual=exponential, **options)
+        out, r = out if exponential else (out, jnp.zeros(()))
+        return jnp.vdot(out, cotangent) + jnp.sum(jnp.sin(jnp.where(jnp.isfinite(r), r, 0))), (out, r)
+
+    gradients, results = jax.grad(loss, argnums=range(6), has_aux=True)(query, key, value, block_scores, scores, weights)
+    return results, jax.tree.leaves(gradients)
+
+
+CASES = {  # block sizes, heads of the table, whether blocks have scores, and the parts
+    "blocks of 64, causal inside": ((64, 64), 2, True, lambda: dict(mask=masks.causal())),
+    "one choice for all, softpick, documents, column and offset operands": ((128, 32), 1, True, lambda: dict(
+        weights=weights.softpick(), mask=documents(), scores=(*columns(), scores.t5_bias(normal(32, 4), max_distance=20)))),
+    "each head for itself, several tiles in a block, a bias and dropout": ((16, 256), 4, True, lambda: dict(
+        scores=(scores.bias(normal(1, 4, 200, 300)), scores.bias(normal(2, 1, 200, 300))), dropout_rate=0.3, dropout_key=jax.random.key(5))),
+    "whole tiles, sigmoid, positions in another order and padding": ((256, 128), 2, False, lambda: dict(
+        weights=weights.sigmoid(), mask=masks.causal(), query_positions=jnp.arange(200)[::-1] + 50, key_positions=jnp.arange(300).at[-1].set(-1))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_definition(case, x64):
+    block_sizes, heads, scored, parts = CASES[case]
+    sizes, options = case_sizes(), parts()
+    indices, block_scores = choice(block_sizes, heads, sizes["queries"], sizes["keys"])
+    args = *agreement.arrays(**sizes), indices, block_scores if scored else None
+    with fused.forced():
+        got = evaluate(*args, block_sizes=block_sizes, implementation="pallas", **options)
+    agreement.assert_agree(got, evaluate(*args, block_sizes=block_sizes, implementation="reference", **options), 1e-10)
+
+
+def test_bfloat16():
+    args = agreement.arrays(jnp.bfloat16, batch=1, queries=130, keys=130, heads=2, kv_heads=1, size=16, value_size=16)
+    table = choice((64, 64), 1, 130, 130, 1)
+    exact = evaluate(*(x.astype(jnp.float32) for x in args), *table, block_sizes=(64, 64), implementation="reference")
+    with fused.forced():
+        got = evaluate(*args, *table, block_sizes=(64, 64), implementation="pallas")
+    assert got[0][0].dtype == jnp.bfloat16 and got[0][1].dtype == jnp.float32
+    agreement.assert_agree(got, exact, 2e-2)
+
+
+def test_simulated_core_has_no_races(capfd):
+    """Memory spaces, copies and semaphores simulated; reading what was never written gives NaN."""
+    args = agreement.arrays(jnp.float32, batch=1, queries=200, keys=200, heads=2, kv_heads=1, size=8, value_size=8)
+    args = *args, *choice((64, 64), 2, 200, 200, 1)
+    options = dict(block_sizes=(64, 64), mask=masks.causal())
+    with fused.forced(pltpu.InterpretParams(detect_races=True)):
+        got = evaluate(*args, implementation="pallas", **options)
+    agreement.assert_agree(got, evaluate(*args, implementation="reference", **options), 1e-5)
+    assert "RACE" not in capfd.readouterr().out  # all that the simulator does about one is to print
+
+
+def test_long_lists_one_by_one(x64, monkeypatch):
+    """Batch elements and heads in turn, where scalar memory does not hold all lists; gradients of what they share add up."""
+    monkeypatch.setattr(selected_fused, "SCALARS", 16)
+    args = *agreement.arrays(queries=130, keys=130), *choice((32, 64), 2, 130, 130)
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 130), 0, 4))
+    options = dict(block_sizes=(32, 64), mask=masks.documents(ids), scores=(scores.bias(normal(130, 130)), scores.alibi(normal(4))),
+                   dropout_rate=0.3, dropout_key=jax.random.key(5))
+    with fused.forced():
+        got = evaluate(*args, implementation="pallas", **options)
+    agreement.assert_agree(got, evaluate(*args, implementation="reference", **options), 1e-10)
+
+
+def test_transformations(x64):
+    """vmap, remat, second derivatives."""
+    query, key, value, _ = agreement.arrays(batch=2, queries=130, keys=130, heads=2, kv_heads=1, size=4, value_size=4)
+    indices, block_scores = choice((64, 64), 1, 130, 130)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(implementation, *args):
+        def one(q, k, v, indices, block_scores):
+            return selected_attention(q[None], k[None], v[None], indices[None], block_scores=block_scores[None], block_sizes=(64, 64),
+                                      implementation=implementation)[0]
+
+        many = jax.vmap(jax.checkpoint(one))
+        penalty = lambda q: (jax.grad(lambda q: jnp.sin(one(q, *(x[0] for x in args[1:]))).sum())(q) ** 2).sum()
+        return jax.grad(lambda q, e: jnp.sin(many(q, *args[1:4], e)).sum(), (0, 1))(args[0], args[4]), jax.grad(penalty)(args[0][0])
+
+    args = query, key, value, indices, block_scores
+    with fused.forced():
+        got = gradients("pallas", *args)
+    agreement.assert_agree(got, gradients("reference", *args), 1e-10)
+
+
+@pytest.mark.parametrize(("by_key", "varies"), [(True, (True, True, False)), (False, (False, True, True))])
+def test_schedule_of_a_list(by_key, varies):
+    """The list, spelled out as a table."""
+    rng, (nq, nk, share) = np.random.default_rng(0), (5, 4, 2)
+    blocks = np.where(rng.random((2, 1, 2, nq, 2 * nk)) < 0.6, np.arange(2 * nk) // 2, nk)  # each named up to twice
+    some, every = rng.random((2, 1, 1, nq, 1)) < 0.9, rng.random((1, 1, 1, nq, 1)) < 0.7
+    times = ((blocks[..., None] == np.arange(nk)) & some[..., None]).sum(-2)  # [2, 1, 2, nq, nk]
+    full = (times == share) & every
+    axes = tuple(axis for axis in range(3) if not varies[axis])
+    kinds = np.where(times.any(axes, keepdims=True), np.where(full.all(axes, keepdims=True), FULL, PARTIAL), EMPTY)
+    kinds = kinds.reshape(-1, nq, nk).swapaxes(1, 2) if by_key else kinds.reshape(-1, nq, nk)
+    cover = Cover(jnp.asarray(some), jnp.asarray(every))
+    listed = jax.jit(lambda blocks, cover: schedule(Listed(blocks, cover, share, nk), by_key=by_key, varies=varies))(jnp.asarray(blocks, jnp.int32), cover)
+    lists = np.asarray(listed.steps).reshape(len(kinds), -1)
+    assert lists.shape[1] == nq * nk + (nk if by_key else nq)
+    for steps, kind in zip(lists, kinds, strict=True):
+        at = jax.tree.map(np.asarray, unpack(steps))
+        real = at.first | at.last | (at.kind != EMPTY)
+        visits = np.stack([at.outer, at.inner, at.kind], 1)[real].tolist()
+        outer, inner = np.nonzero(kind)
+        expected = [[a, b, kind[a, b]] for a, b in zip(outer, inner)] + [[a, 0, EMPTY] for a in np.nonzero(~kind.any(1))[0]]
+        assert visits == sorted(expected)
+        edge = np.diff(at.outer[real]) > 0
+        assert at.first[real].tolist() == [True, *edge] and at.last[real].tolist() == [*edge, True]
+        assert len(visits) <= listed.count
+
+
+def test_says_what_it_lacks():
+    x, table = jnp.ones((1, 16, 1, 8)), jnp.zeros((1, 1, 1, 1), int)
+    call = functools.partial(selected_attention, x, x, x, table, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="backend is 'cpu'"):
+        call(block_sizes=(16, 16))
+    with fused.forced(platform="gpu"), pytest.raises(NotImplementedError, match="backend is 'gpu'"):
+        call(block_sizes=(16, 16))
+    with fused.forced(), pytest.raises(NotImplementedError, match="powers of two and at least 8"):
+        call(block_sizes=(16, 12))
+    with fused.forced(), pytest.raises(NotImplementedError, match="consecutive positions"):
+        call(block_sizes=(16, 16), scores=scores.t5_bias(jnp.zeros((32, 1))), query_positions=jnp.arange(16))
+
+
+@functools.cache
+def compiled():
+    """What :mod:`compile_selected_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    script = pathlib.Path(__file__).with_name("compile_selected_for_tpu.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
+
+
+@needs_compiler
+def test_compiles_for_v5e():
+    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+
+
+@needs_compiler
+def test_no_memory_beyond_results_and_residuals():
+    """What the compiled gradient allocates besides arguments and results does not grow with the sequence."""
+    short, long = compiled()["temporary"]
+    assert long <= short <= 2**20
