@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.parts import Exponential, part
 
-
 _NEAR = 0.5
 
 
