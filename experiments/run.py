@@ -29,7 +29,7 @@ class Recipe(ModelOptions):
     """Parts into which a batch is cut to be evaluated one after another, in less memory."""
     separate: bool = False
     """Keep files that share a sequence from seeing each other."""
-    steps: int = 3000
+    steps: int = 2700
     """Number of updates."""
     learning_rate: float = 0.014
     """Peak rate of Muon, which trains the matrices inside the blocks."""
