@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from attnx.core import cache, linear
+from attnx.core import cache, decode, linear
 from attnx.core.attention import IMPLEMENTATIONS, attention
 from attnx.core.checks import check_choice, check_dropout_rate, check_function, check_parts, check_real, check_scale
 from attnx.core.ring import mesh_in_context, usable_axes
 from attnx.masks.documents import documents
 from pallas_kernels.parts import Mask, Score, Softmax, Weights, part, static
+
+FEW = 4  # tokens, at the most, for which reading the cache where it lies beats transposing it
 
 
 class Mechanism(Protocol):
@@ -58,20 +60,32 @@ class Pairs:
         return cache.init(batch, slots, kv_heads, key_size, value_size, dtype)
 
     def step(self, state, query, key, value, *, hooks=None):
-        """Appends to the cache and attends to it; a prefill longer than a rolling cache goes through in pieces."""
+        """Appends to the cache and attends to it; a prefill longer than a rolling cache goes through in pieces.
+
+        Computes in the wider dtype of query and cache, and returns the query's.
+        """
         t, slots = query.shape[1], state.key.shape[1]
-        if t == 1:
+        rolling = self.mask is not None and self.mask.span()[0] is not None
+        if t == 1 or (t <= min(FEW, slots) and not rolling):
             state = cache.append(state, key, value)
-            return state, self._attend(query, state.key, state.value, self.mask, query_positions=state.next[None] - 1,
-                                       key_positions=state.positions, hooks=hooks)
+            if hooks or self.implementation not in (None, "blockwise", "pallas") or mesh_in_context() is not None:
+                return state, self._attend_cache(query, state.key, state.value, state.next - t, state.positions, hooks)
+            return state, decode.decode(query, state.key, state.value, state.next, key_positions=state.positions, scores=self.scores, mask=self.mask,
+                                        weights=self.weights, scale=self.scale, implementation=self.implementation)
         # Tokens of this call may overwrite what its first queries still see, so attend to old and new side by side.
-        positions = state.next + jnp.arange(t, dtype=jnp.int32)
         both = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-        out = self._attend(query, both(state.key, key), both(state.value, value), self.mask, query_positions=positions,
-                           key_positions=jnp.concatenate([state.positions, positions]), hooks=hooks)
+        positions = jnp.concatenate([state.positions, state.next + jnp.arange(t, dtype=jnp.int32)])
+        out = self._attend_cache(query, both(state.key, key), both(state.value, value), state.next, positions, hooks)
         skipped = max(t - slots, 0)
         state = state._replace(next=state.next + skipped)
         return cache.append(state, key[:, skipped:], value[:, skipped:]), out
+
+    def _attend_cache(self, query, key, value, start, positions, hooks):
+        """Attends from the tokens from position ``start`` on by the engine of whole sequences."""
+        dtype = cache.computation_dtype(query, key, value)
+        out = self._attend(*(x.astype(dtype) for x in (query, key, value)), self.mask, query_positions=start + jnp.arange(query.shape[1], dtype=jnp.int32),
+                           key_positions=positions, hooks=hooks, implementation=None if hooks else self.implementation)
+        return out.astype(query.dtype)
 
 
 def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), scale: float | None = None, dropout_rate: float = 0.0,

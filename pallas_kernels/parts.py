@@ -27,10 +27,10 @@ import jax.numpy as jnp
 class At(NamedTuple):
     """Where a tile lies, in logical positions (int32, -1 = padding): predicates see these, never storage indices."""
 
-    batch: Any  # scalar
-    head: Any  # scalar, the query's head
+    batch: Any  # scalar, or [bq, 1] where rows differ
+    head: Any  # likewise, the query's head
     query: Any  # [bq, 1]
-    key: Any  # [1, bk]
+    key: Any  # [1, bk], or [bq, bk] where a key is padding to some rows only
 
 
 class Operand(NamedTuple):

@@ -283,7 +283,9 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
     if replaced:
         dq, dk, dpair = pull_pair(ds)
         return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(dblocks, dpair)]
+    early = ds.size < q.size + k.size  # the scale enters where there are fewer numbers
+    ds = ds * parts.scale if early and parts.scale != 1.0 else ds
     dq, dk = _dot(ds.astype(k.dtype), k, to_rows), _dot(ds.astype(q.dtype), q, to_keys)
-    if parts.scale != 1.0:
+    if parts.scale != 1.0 and not early:
         dq, dk = dq * parts.scale, dk * parts.scale
     return dq, dk, dv, drows, dblocks

@@ -62,3 +62,9 @@ def append(cache: KVCache, key: Float[Array, "B t K H"], value: Float[Array, "B 
     return KVCache(cache.key.at[:, slot].set(key.astype(cache.key.dtype), unique_indices=True),
                    cache.value.at[:, slot].set(value.astype(cache.value.dtype), unique_indices=True),
                    cache.positions.at[slot].set(positions, unique_indices=True), cache.next + t)
+
+
+def computation_dtype(query, *caches):
+    """The dtype in which queries meet a cache: the wider of the two; a cache of 8 bits is widened to the query's."""
+    wide = [x.dtype for x in caches if jnp.finfo(x.dtype).bits >= 16]
+    return jnp.promote_types(query.dtype, jnp.result_type(*wide)) if wide else query.dtype

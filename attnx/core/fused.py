@@ -1,4 +1,4 @@
-"""The ``pallas`` execution: folds on fused TPU kernels (:mod:`pallas_kernels.flash`).
+"""The ``pallas`` execution: folds on fused kernels (:mod:`pallas_kernels.flash`), for TPU and for GPU.
 
 The folds of :class:`attnx.core.blockwise.Blockwise` with the carry on chip: what is folded comes from :mod:`attnx.core.operations` either way, and tiles
 are skipped or left unmasked by the same table. Results are written once, in the dtype of the inputs.
@@ -14,20 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.blockwise import Blockwise
+from attnx.core.checks import check_choice
 from attnx.core.program import Data, Program, partition
-from attnx.core.tiling import Tiling, cover, pad_rows, pad_to_blocks, unpad_operand
+from attnx.core.tiling import Tiling, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
 from pallas_kernels import flash
+from pallas_kernels.flash.tiles import Tiles, choose_tiles, power
+from pallas_kernels.parts import Similarity, Softmax
 
+PLATFORMS = ("tpu", "gpu")
 _forced = contextvars.ContextVar("forced", default=None)
 
 
 @contextlib.contextmanager
-def forced(interpret: Any = True):
-    """Within it, ``implementation="pallas"`` is served whatever the backend.
+def forced(interpret: Any = True, platform: str = "tpu"):
+    """Within it, ``implementation="pallas"`` is served whatever the backend. What jit has traced before stays as it is.
 
     Args:
-      interpret: True emulates the kernels in XLA, a ``pltpu.InterpretParams`` simulates a TPU core (slow, for tests), False compiles for a TPU: with
-        ``jax.jit(...).trace(...).lower(lowering_platforms=("tpu",))`` also where there is none.
+      interpret: True emulates the kernels in XLA, a ``pltpu.InterpretParams`` simulates a TPU core (slow, for tests), False compiles for the platform:
+        with ``jax.jit(...).trace(...).lower(lowering_platforms=("tpu",))``, or ``("cuda",)``, also where there is none.
+      platform: whose kernels, "tpu" or "gpu".
 
     >>> import attnx, jax.numpy as jnp
     >>> x = jnp.ones((1, 16, 2, 8))
@@ -35,7 +40,8 @@ def forced(interpret: Any = True):
     ...     attnx.attention(x, x, x, implementation="pallas").shape
     (1, 16, 2, 8)
     """
-    token = _forced.set((interpret,))
+    check_choice("platform", platform, PLATFORMS)
+    token = _forced.set((interpret, platform))
     try:
         yield
     finally:
@@ -44,17 +50,18 @@ def forced(interpret: Any = True):
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Executes a program on TPU kernels; static and hashable."""
+    """Executes a program on fused kernels; static and hashable.
+
+    Attributes:
+      tiling: the tiles of a forward fold.
+      tiles: those of all kernels on a GPU; None on a TPU, where gradients have the same.
+      interpret: as for ``pallas_call``.
+    """
 
     program: Program
     tiling: Tiling
+    tiles: Tiles | None = None
     interpret: Any = False
-
-    @property
-    def plan(self) -> flash.Plan:
-        """What the kernels want to know."""
-        program, sizes = self.program, self.program.sizes
-        return flash.Plan(program.specs, self.tiling.bq, self.tiling.bk, sizes.queries, sizes.keys, sizes.offsets[0], program.contiguous, self.interpret)
 
     def maximum(self, x):
         """The largest entry."""
@@ -70,42 +77,82 @@ class Fused:
             return Blockwise(self.program, self.tiling).fold_rows(data, init, body, finish, rows, differentiable=True)
         t = data.query.shape[3]
         data, rows = pad_to_blocks(self.program, data, self.tiling), pad_rows(rows, self.tiling)
-        results = flash.fold_rows(self.plan, cover(self.program, data, self.tiling), data, partial(init, None), body, finish, rows)
+        results = self._kernels("fold_rows", self.tiling, data)(data, partial(init, None), body, finish, rows)
         return jax.tree.map(lambda x: x[:, :, :, :t], results)
 
     def fold_keys(self, data: Data, body, rows, gradient_of):
         """As :meth:`Blockwise.fold_keys`, with the gradients of query, key and value in their own dtypes."""
-        program, tiling = self.program, self.tiling
+        program, tiling = self.program, self.tiling if self.tiles is None else Tiling(*self.tiles.largest, 1)
         (t, s), unpadded = (data.query.shape[3], data.key.shape[2]), partition(data.operands)[0]
         data, rows, gradient_of = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
-        dq, dk, dv, drows, doperands = flash.fold_keys(self.plan, cover(program, data, tiling), data, body, rows, gradient_of)
+        dq, dk, dv, drows, doperands = self._kernels("fold_keys", tiling, data)(data, body, rows, gradient_of)
         dq, drows = jax.tree.map(lambda x: x[:, :, :, :t], (dq, drows))
         dk, dv = jax.tree.map(lambda x: x[:, :, :s], (dk, dv))
         return dq, dk, dv, drows, [unpad_operand(*args, tiling) for args in zip(doperands, unpadded, program.inexact_specs(data.operands))]
 
+    def _kernels(self, name: str, tiling: Tiling, data: Data):
+        """A fold of the platform, given what both kinds want of a call that was padded to ``tiling``."""
+        program, sizes = self.program, self.program.sizes
+        plan = flash.Plan(program.specs, tiling.bq, tiling.bk, sizes.queries, sizes.keys, sizes.offsets[0], program.contiguous, self.interpret)
+        if self.tiles is None:
+            return partial(getattr(flash.tpu, name), plan, cover(program, data, tiling))
+        return partial(getattr(flash.gpu, name), plan, self.tiles, lambda bq, bk: cover(program, data, Tiling(bq, bk, 1)))
+
 
 def choose_fused(program: Program, data: Data, block_sizes=None) -> Fused:
     """The executor of a call, or NotImplementedError that says what the kernels lack for it."""
-    setting = _forced.get()
-    if setting is None and jax.default_backend() != "tpu":
-        raise NotImplementedError(f"implementation='pallas': the kernels are for TPU, the backend is {jax.default_backend()!r}; use 'blockwise' or None "
+    interpret, platform = _forced.get() or (False, jax.default_backend())
+    if platform not in PLATFORMS:
+        raise NotImplementedError(f"implementation='pallas': the kernels are for TPU and GPU, the backend is {platform!r}; use 'blockwise' or None "
                                   "(attnx.core.fused.forced() emulates them)")
-    (interpret,) = setting or (False,)
-    specs = jax.tree.leaves(program.specs, is_leaf=lambda x: hasattr(x, "offset"))
-    if any(spec.offset for spec in specs) and not program.contiguous:
+    if any(spec.offset for spec in program.flat_specs) and not program.contiguous:
         raise NotImplementedError("implementation='pallas': offset tables (relative position biases) need consecutive positions; "
                                   "leave out query_positions and key_positions, or use 'blockwise'")
-    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
     if data.value is not None and data.value.shape[-1] == 1:
         raise NotImplementedError("implementation='pallas': values of size 1 are no matrix to the kernels; use 'blockwise'")
-    sizes = [min(512, _power(n)) for n in (program.sizes.queries, program.sizes.keys)] if block_sizes is None else block_sizes
-    for n in sizes:
-        if n != _power(n):
-            raise NotImplementedError(f"implementation='pallas': block_sizes must be powers of two and at least 128, got {tuple(sizes)}")
-    return Fused(program, Tiling(*sizes, 1), interpret)
+    return (_for_tpu if platform == "tpu" else _for_gpu)(program, data, block_sizes, interpret)
 
 
-def _power(n: int) -> int:
-    """The least power of two that is at least n and 128."""
-    return max(128, 1 << (n - 1).bit_length())
+def _for_tpu(program, data, block_sizes, interpret):
+    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
+    lengths = program.sizes.queries, program.sizes.keys
+    tiling = Tiling(*([min(512, power(n, 128)) for n in lengths] if block_sizes is None else _powers(block_sizes, 128)), 1)
+    return Fused(without_padding(program, tiling), tiling, None, interpret)
+
+
+def _for_gpu(program, data, block_sizes, interpret):
+    h = data.query.shape[-1]
+    if h == 1:
+        raise NotImplementedError("implementation='pallas': heads of size 1 are no matrix to the kernels; use 'blockwise'")
+    if any(isinstance(score, Similarity) for score in program.parts.scores) and h != power(h):
+        raise NotImplementedError("implementation='pallas': the GPU kernels pad head sizes with zeros to a power of two from 16, which a similarity might mind; "
+                                  f"got head size {h}; use 'blockwise'")
+    if interpret is False:
+        _check_gpu(program, data)
+    if block_sizes is not None:
+        _powers(block_sizes, 16)
+    size = max(x.shape[-1] for x in (data.query, data.value) if x is not None)
+    device = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+    parts = program.parts
+    busy = bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
+    chosen = choose_tiles(device, size, data.query.dtype.itemsize, program.sizes.queries, program.sizes.keys, busy, block_sizes)
+    tiling = Tiling(chosen.rows.bq, chosen.rows.bk, 1)
+    largest = Tiling(*(max(pair) for pair in zip(tiling, chosen.largest)), 1)
+    return Fused(without_padding(program, largest), tiling, chosen, interpret)
+
+
+def _check_gpu(program, data):
+    """What only a compiler for GPUs minds."""
+    if data.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"implementation='pallas': the GPU kernels compute in float32, bfloat16 and float16, not in {data.query.dtype}; use 'blockwise'")
+    if any(x.ndim > 5 for x in jax.tree.leaves(data.operands)):
+        raise NotImplementedError("implementation='pallas': the GPU kernels take no operands with axes of their own (None among an Operand's axes); "
+                                  "hand over their entries one by one, or use 'blockwise'")
+
+
+def _powers(block_sizes, least: int):
+    for n in block_sizes:
+        if n != power(n, least):
+            raise NotImplementedError(f"implementation='pallas': block_sizes must be powers of two and at least {least}, got {tuple(block_sizes)}")
+    return block_sizes

@@ -3,13 +3,13 @@
     S_t = exp(g_t) * S_(t-1) + phi(k_t) v_t^T,        o_t = scale * phi(q_t) S_t
 
 with no decay g, a constant one, or one that depends on the data, per head or per channel of the key. The executions are in
-:mod:`attnx.core.linear_forms`; the mathematics of a chunk is in :mod:`pallas_kernels.linear_tile`.
+:mod:`attnx.core.linear_forms` and :mod:`attnx.core.linear_fused`; the mathematics of a chunk is in :mod:`pallas_kernels.linear_tile`.
 """
 
 import dataclasses
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from attnx.core import linear_forms as forms
+from attnx.core import linear_fused
 from attnx.core.checks import as_array, check_function, check_integer, check_integers, check_query_key_value, check_scale, describe
+from pallas_kernels.linear_tile import divide
 from pallas_kernels.tile import accumulator_dtype
 
-IMPLEMENTATIONS = ("parallel", "chunked", "recurrent")
+IMPLEMENTATIONS = ("parallel", "chunked", "recurrent", "pallas")
 
 
 class LinearState(NamedTuple):
@@ -43,9 +45,18 @@ class _Plan:
     scale: float
     chunk_size: int | None
     axis_name: Hashable | None
+    interpret: Any = None  # of kernels
+
+    @property
+    def fused(self):
+        """Whether a form takes features, and scales and divides by itself."""
+        return self.implementation == "pallas"
 
     @property
     def form(self):
+        if self.fused:
+            return partial(linear_fused.attend, normalize=self.normalize, scale=self.scale, floor=self.floor, chunk_size=self.chunk_size,
+                           interpret=self.interpret)
         form = partial(getattr(forms, self.implementation), features=self.features)
         return partial(form, chunk_size=self.chunk_size) if self.implementation == "chunked" else form
 
@@ -75,15 +86,17 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         number, which only features of both signs can produce.
       normalizer_floor: divide by max(abs(scale * phi(q_t) . z_t), normalizer_floor) instead, bounded whatever the features are.
       feature_map: phi, applied along the last axis to the queries and keys ([..., H] -> [..., H'], in at least float32). The chunked form
-        makes features of a slab of tokens at a time, so wide maps cost no memory. Maps that differ or see several heads the caller applies.
+        makes features of a slab of tokens at a time, so wide maps cost no memory; the kernels take them rounded to the query's dtype. Maps that
+        differ or see several heads the caller applies.
       initial_state: the state before the first token, whose document it belongs to.
       return_state: also return the state after the last token.
       segment_ids: int [B, T], T = S. The state starts anew wherever the id differs from that of the token before, and without
         ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
       scale: a factor of phi(q), 1 by default.
-      chunk_size: tokens of a chunk in the chunked form, a power of two.
+      chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
-        forward and backward), 'recurrent' (token by token; for decoding), or None for the best. 'pallas' has no kernel yet.
+        forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused TPU kernels, the state on chip; where
+        causal), or None for the best.
       axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
         device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
@@ -94,7 +107,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       ValueError, TypeError: arguments that do not fit. NotImplementedError: a named implementation that cannot serve.
 
     Costs O(T (C (H + Hv) + H Hv)) per head with chunks of C tokens. The gradient keeps one state per slab of at least min(H, Hv) tokens
-    and recomputes the rest, so its memory is O(T (H + Hv)). Derivatives of any order exist, in both modes.
+    and recomputes the rest, so its memory is O(T (H + Hv)). Derivatives of any order exist, in both modes; 'pallas' has first ones in reverse mode.
 
     Sources: Katharopoulos et al., Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, 2020, arXiv 2006.16236 (no
     decay, normaliser); Sun et al., Retentive Network: A Successor to Transformer for Large Language Models, 2023, arXiv 2307.08621 (constant
@@ -139,8 +152,9 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     if implementation is None:
         implementation = "recurrent" if t == 1 and is_causal and axis_name is None else "chunked"
     _check_implementation(implementation, is_causal, axis_name)
+    interpret = linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size) if implementation == "pallas" else None
     plan = _Plan(implementation, is_causal, feature_map or _identity, normalize, normalizer_floor,
-                 1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name)
+                 1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, interpret)
     out, state = _attend(plan, query, key, value, log_decay, segment_ids, state)
     return (out, state) if return_state else out
 
@@ -225,10 +239,8 @@ def _check_state(given, expected):
 
 
 def _check_implementation(implementation, is_causal, axis_name):
-    if implementation == "pallas":
-        raise NotImplementedError("implementation: 'pallas' has no kernel yet; 'chunked' serves this call")
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS + ('pallas',)}, got {implementation!r}")
+        raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if not is_causal and implementation == "recurrent":
         raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves")
     if not is_causal and implementation == "parallel" and axis_name is not None:
@@ -242,11 +254,11 @@ def _check_implementation(implementation, is_causal, axis_name):
 def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     """``(out, state)`` of checked arguments."""
     heads, dtype = state.memory.shape[1], state.memory.dtype
+    memory = state.memory
     if plan.normalize:
-        value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1)
-        memory = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
-    else:
-        memory = state.memory
+        memory = jnp.concatenate([memory, state.normalizer[..., None]], axis=-1)
+        if not plan.fused:
+            value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1)
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         log_decay = jnp.broadcast_to(log_decay.astype(dtype), (*key.shape[:2], heads, log_decay.shape[-1]))
@@ -255,22 +267,17 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
         # Features may be singular at 0, so what is skipped holds ones.
         query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
         log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
+    if plan.fused:
+        query, key = (plan.features(x.astype(dtype)).astype(x.dtype) for x in (query, key))
+        key = key if segment_ids is None else jnp.where(valid, key, 0)
 
     attend = _causal if plan.is_causal else _unordered
     out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
-    out = out * plan.scale
-    if plan.normalize:
-        out, state = _divide(out[..., :-1], out[..., -1:], plan.floor), LinearState(memory[..., :-1], memory[..., -1])
-    else:
-        state = LinearState(memory)
+    state = LinearState(memory[..., :-1], memory[..., -1]) if plan.normalize else LinearState(memory)
+    if not plan.fused:
+        out = out * plan.scale
+        out = divide(out[..., :-1], out[..., -1:], plan.floor) if plan.normalize else out
     return (out if segment_ids is None else jnp.where(valid, out, 0)).astype(query.dtype), state
-
-
-def _divide(numerator, denominator, floor):
-    if floor is not None:
-        return numerator / jnp.maximum(jnp.abs(denominator), floor)
-    some = denominator != 0
-    return jnp.where(some, numerator / jnp.where(some, denominator, 1), 0)
 
 
 def _restarts(segment_ids, axis_name, reverse):

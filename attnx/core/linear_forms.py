@@ -85,10 +85,16 @@ def _slab(state, tokens, *, chunks, size, features):
         return linear_tile.forget(state, total) + added, state
 
     q, k, v, log_decay = jax.tree.map(cut, (q, k, v, log_decay))
-    out, q, *change = jax.vmap(linear_tile.chunk)(q.reshape(*q.shape[:2], size * q.shape[3], q.shape[4]), k, v, log_decay)
+    groups = q.shape[3]
+    q = jnp.swapaxes(q, 2, 3).reshape(*q.shape[:2], groups * size, q.shape[4])
+    if log_decay is not None and log_decay.shape[3] == 1:  # one for the head: in rows
+        log_decay = jnp.swapaxes(log_decay, 2, 3)
+    scores, q, k, total = jax.vmap(linear_tile.weigh)(q, k, log_decay)
+    change = None if total is None else jnp.swapaxes(total, 2, 3), jnp.einsum("bljh,bljv->blhv", k, v)
     state, arriving = lax.scan(carry, state, jax.tree.map(by_chunk, change), unroll=True)
-    out = out + jnp.einsum("blih,blhv->bliv", q, jnp.moveaxis(arriving, 0, 2).reshape(b, m * chunks, *state.shape[2:]))
-    out = jnp.moveaxis(out.reshape(b, m, chunks, size, tokens[0].shape[1] // m, v.shape[-1]), 1, 3)
+    arriving = jnp.moveaxis(arriving, 0, 2).reshape(b, m * chunks, *state.shape[2:])
+    out = jnp.einsum("blij,bljv->bliv", scores, v) + jnp.einsum("blih,blhv->bliv", q, arriving)
+    out = jnp.transpose(out.reshape(b, m, chunks, groups, size, v.shape[-1]), (0, 2, 4, 1, 3, 5))
     return state, out.reshape(*tokens[0].shape[:2], v.shape[-1])
 
 

@@ -14,7 +14,11 @@ T = 11
 
 
 def sequence():
-    return arrays(queries=T, keys=T)[:3]
+    return sequence_of(jnp.float64)
+
+
+def sequence_of(dtype):
+    return arrays(dtype, queries=T, keys=T)[:3]
 
 
 def mechanism(name):
@@ -24,10 +28,11 @@ def mechanism(name):
         "rolling": attnx.pairs(mask=masks.sliding_window(4), scores=bias, implementation="blockwise"),
         "rolling, other weights": attnx.pairs(mask=masks.sliding_window(3) & masks.dilated(2), weights=weights.sigmoid(), scale=0.7,
                                               implementation="reference"),
+        "contiguous, read where it lies": attnx.pairs(mask=masks.causal(), scores=bias, weights=weights.softmax(sink=0.1)),
     }[name]
 
 
-SLOTS = {"contiguous": T, "rolling": 4, "rolling, other weights": 3}
+SLOTS = {"contiguous": T, "rolling": 4, "rolling, other weights": 3, "contiguous, read where it lies": T}
 
 
 @pytest.mark.usefixtures("x64")
@@ -74,7 +79,7 @@ def test_contents():
 
 def test_prefill_longer_than_a_rolling_cache():
     """Only the last tokens stay."""
-    query, key, value, _ = arrays(jnp.float32, queries=T, keys=T)
+    query, key, value = sequence_of(jnp.float32)
     state, _ = jax.jit(mechanism("rolling").step)(mechanism("rolling").init(2, T, 2, 5, 3, jnp.float32), query, key, value)
     assert sorted(state.positions.tolist()) == [7, 8, 9, 10] and state.next == T
     np.testing.assert_array_equal(state.key, key[:, state.positions])
@@ -88,6 +93,48 @@ def test_cache_keeps_its_dtype():
     state, out = mixer.step(mixer.init(2, 8, 2, 5, 3, jnp.bfloat16), query, key, value)
     assert state.key.dtype == state.value.dtype == out.dtype == jnp.bfloat16
     assert cache.append(state, key.astype(jnp.float32), value.astype(jnp.float32)).key.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("implementation, tokens", [(None, 1), ("reference", 1), ("blockwise", 2), (None, 9)])
+def test_cache_narrower_or_wider_than_the_query(implementation, tokens):
+    """Computed in the wider dtype, returned in the query's: one token, a few, a prefill."""
+    mixer = attnx.pairs(mask=masks.causal(), implementation=implementation)
+    arguments = [x[:, :tokens] for x in sequence_of(jnp.float32)]
+    for dtype, cache_dtype, tolerance in ((jnp.float32, jnp.bfloat16, 1e-5), (jnp.bfloat16, jnp.float32, 2e-2)):
+        query, key, value = (x.astype(dtype) for x in arguments)
+        _, out = jax.jit(mixer.step)(mixer.init(2, T, 2, 5, 3, cache_dtype), query, key, value)
+        stored = [x.astype(cache_dtype).astype(jnp.float32) for x in (key, value)]
+        assert out.dtype == dtype
+        assert_agree(out, attnx.attention(query.astype(jnp.float32), *stored, mask=masks.causal(), implementation="reference"), tolerance)
+
+
+@pytest.mark.parametrize("implementation, tokens", [("blockwise", 1), ("pallas", 2), ("blockwise", 9)])
+def test_hooks_choose_the_definition(implementation, tokens):
+    """Hooks act on materialised scores whatever implementation was named, in steps as in the parallel form."""
+    query, key, value = (x[:, :tokens] for x in sequence_of(jnp.float32))
+    mixer = attnx.pairs(mask=masks.causal(), implementation=implementation)
+    hooks = {"weights": lambda w, at: jnp.where(at.key == 0, 0, w)}
+    state = mixer.init(2, T, 2, 5, 3, jnp.float32)
+    step, parallel = jax.jit(lambda: (mixer.step(state, query, key, value, hooks=hooks)[1], mixer(query, key, value, hooks=hooks)))()
+    assert_agree(step, parallel, 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_steps_are_differentiable(tokens=3):
+    """Gradients reach queries, tokens, earlier tokens in the cache, and the parts."""
+    query, key, value = sequence()
+    mixer = mechanism("contiguous, read where it lies")
+
+    @jax.jit
+    def gradients(mixer, query, key, value):
+        def stepped(mixer, query, key, value):
+            state, _ = mixer.step(mixer.init(2, T, 2, 5, 3, jnp.float64), query[:, :-tokens], key[:, :-tokens], value[:, :-tokens])
+            return jnp.sin(mixer.step(state, query[:, -tokens:], key[:, -tokens:], value[:, -tokens:])[1]).sum()
+
+        parallel = lambda mixer, *args: jnp.sin(mixer(*args)[:, -tokens:]).sum()
+        return [jax.grad(loss, (0, 1, 2, 3))(mixer, query, key, value) for loss in (stepped, parallel)]
+
+    assert_agree(*gradients(mixer, query, key, value), 1e-11)
 
 
 @pytest.mark.usefixtures("x64")

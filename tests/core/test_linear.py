@@ -393,7 +393,7 @@ QUERY, KEY = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 6, 2, 8))
     ({"chunk_size": 48}, ValueError, "chunk_size: expected a power of two"),
     ({"chunk_size": 0}, ValueError, "chunk_size"),
     ({"implementation": "flash"}, ValueError, "implementation: expected"),
-    ({"implementation": "pallas"}, NotImplementedError, "'pallas' has no kernel yet; 'chunked' serves"),
+    ({"implementation": "pallas"}, NotImplementedError, "the backend is 'cpu'; use 'chunked'"),
     ({"implementation": "recurrent", "is_causal": False}, NotImplementedError, "needs is_causal=True"),
     ({"axis_name": "sequence"}, ValueError, "axis_name: expected a mesh axis"),
 ])

@@ -13,66 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, normal, sizes
 from jax.experimental.pallas import tpu as pltpu
 
 import attnx
-from attnx import masks, scores, weights
+from attnx import masks, scores
 from attnx.core import fused
 from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, schedule, unpack
 from pallas_kernels.parts import Cover
 
-BATCH, QUERIES, KEYS, HEADS = 2, 200, 300, 4
-
-
-def gap(s, at, row, column):
-    return s + row - column
-
-
-def affine(s, at, numbers, features):
-    return s * numbers[..., 0] + features[..., 1]
-
-
-def normal(*shape, seed=7):
-    return jax.random.normal(jax.random.key(seed), shape, float)
-
-
-def documents():
-    ids = [jnp.sort(jax.random.randint(jax.random.key(n), (BATCH, length), 0, 4)) for n, length in ((1, QUERIES), (2, KEYS))]
-    return masks.documents(*ids)
-
-
-def columns():
-    """A row operand by head, a column operand by head, and one by key-value head."""
-    by_head = attnx.Operand(normal(BATCH, HEADS, QUERIES), ("batch", "head", "query")), attnx.Operand(normal(HEADS, KEYS), ("head", "key"))
-    by_kv_head = attnx.Operand(normal(2, QUERIES), ("kv_head", "query")), attnx.Operand(normal(BATCH, KEYS), ("batch", "key"))
-    return scores.elementwise(gap, *by_head), scores.elementwise(gap, *by_kv_head)
-
-
-def features():
-    """Operands with a trailing axis: handed over whole, and by key."""
-    return scores.elementwise(affine, jnp.array([0.5, 2.0]), attnx.Operand(normal(KEYS, 2), ("key", None)))
-
-
-CASES = {
-    "softmax, documents, column and offset operands": lambda: dict(
-        mask=documents() & masks.causal(), scores=(*columns(), scores.t5_bias(normal(32, HEADS), max_distance=20))),
-    "softpick, offset operand, slope, dropout": lambda: dict(
-        weights=weights.softpick(), mask=documents(), scores=(scores.t5_bias(normal(32, HEADS), max_distance=20), scores.alibi(normal(HEADS))),
-        dropout_rate=0.3, dropout_key=jax.random.key(5)),
-    "sink, temperature, biases, boolean mask": lambda: dict(
-        weights=weights.softmax(sink=jnp.arange(4.0), temperature=jnp.linspace(0.5, 2, QUERIES)), mask=masks.explicit(normal(HEADS, QUERIES, KEYS) > 0),
-        scores=(scores.bias(normal(HEADS, QUERIES, KEYS)), scores.bias(normal(BATCH, 1, QUERIES, KEYS)))),
-    "clipped softmax, features, given positions": lambda: dict(
-        weights=weights.clipped_softmax(), scores=(features(), scores.soft_cap(3.0)), mask=masks.sliding_window(150),
-        query_positions=jnp.arange(QUERIES)[::-1] + 50, key_positions=jnp.arange(KEYS).at[-1].set(-1)),
-    "entmax": lambda: dict(weights=weights.entmax15(), mask=masks.causal()),
-}
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_definition(case, x64):
-    args = agreement.arrays(batch=BATCH, queries=QUERIES, keys=KEYS, heads=HEADS, kv_heads=2, size=16, value_size=24)
-    options = CASES[case]()
+    args, options = agreement.arrays(**sizes()), CASES[case]()
     with fused.forced():
         got = agreement.evaluate(*args, implementation="pallas", block_sizes=(128, 128), **options)
     agreement.assert_agree(got, agreement.reference(*args, **options), 1e-10)

@@ -1,0 +1,221 @@
+"""One launch of a Triton program a block: what a tile reads from memory, and how blocks and lists of them are cut.
+
+Arrays are handed over whole and read by computed addresses, so the same reader serves programs that sweep keys, queries, heads or diagonals. Matrices whose
+width is no power of two are read as the next one, zeros beyond their end.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.flash.launch import Plan, flat_specs
+from pallas_kernels.flash.operands import form
+from pallas_kernels.flash.tiles import Tile, power
+from pallas_kernels.parts import At, Cover
+
+
+class Visits(NamedTuple):
+    """The inner blocks that each outer block visits: ``order[..., :full]`` unmasked, ``order[..., full:active]`` masked."""
+
+    order: Any  # int32 [B or 1, K or 1, outer, inner]
+    full: Any  # int32 [B or 1, K or 1, outer]
+    active: Any
+
+
+def visits(table: Cover, *, by_key: bool = False) -> Visits:
+    """The lists of a tile table [B or 1, K or 1, G or 1, nq, nk], united over groups; ``by_key``: key blocks outside."""
+    some, every = table.some.any(2), table.every.all(2)
+    if by_key:
+        some, every = some.swapaxes(-1, -2), every.swapaxes(-1, -2)
+    inner = some.shape[-1]
+    rank = jnp.where(some, jnp.where(every, 0, inner), 2 * inner) + jnp.arange(inner, dtype=jnp.int32)
+    count = lambda x: x.sum(-1, dtype=jnp.int32)
+    return Visits(jnp.sort(rank, -1).astype(jnp.int32) % inner, count(some & every), count(some))
+
+
+class Here(NamedTuple):
+    """The place of a tile: batch element, key-value head, head of the group, query block, key block."""
+
+    b: Any
+    k: Any
+    g: Any
+    i: Any = 0
+    j: Any = 0
+
+
+class Block(NamedTuple):
+    """What a tile reads on one side: the numbers of its block of queries (or keys)."""
+
+    matrices: tuple  # (query,) or (key, value)
+    rows: Any
+    positions: Any
+    operands: dict
+
+
+class Inputs(NamedTuple):
+    """What a program reads, as arrays or as references to them."""
+
+    query: Any
+    key: Any
+    value: Any
+    rows: Any
+    positions: Any
+    operands: Any
+    seed: Any
+    origin: Any
+    lists: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads tiles [bq, bk], or transposed ones, inside a program.
+
+    Attributes:
+      refs: the references, of which those of matrices may be wider than the arrays.
+      arrays: shapes and dtypes of the arrays.
+      forms: of the operands, whose pytree has this ``structure``.
+      sizes: B, K, G.
+    """
+
+    plan: Plan
+    tile: Tile
+    refs: Inputs
+    arrays: Inputs
+    forms: list
+    structure: Any
+    sizes: tuple[int, int, int]
+    transposed: bool
+
+    def sweep(self, here: Here, outer, visit: Callable, carry):
+        """Folds ``visit(inner, carry, masked)`` over the inner blocks that the lists have for the outer one."""
+        order, full, active = self.refs.lists
+        index = (*(place if n > 1 else 0 for place, n in zip(here, full.shape[:2])), outer)
+        whole, partial = full[index], active[index]
+        carry = lax.fori_loop(0, whole, lambda n, carry: visit(order[(*index, n)], carry, False), carry)
+        return lax.fori_loop(whole, partial, lambda n, carry: visit(order[(*index, n)], carry, True), carry)
+
+    def queries(self, here: Here) -> Block:
+        """The query block of ``here``."""
+        at = (here.b, here.k, here.g, pl.ds(here.i * self.tile.bq, self.tile.bq))
+        rows = jax.tree.map(lambda ref, x: self._line(ref[at], "query") if x.ndim == 4 else load(ref, x, at), self.refs.rows, self.arrays.rows)
+        positions = self._positions("query", here.b, here.i, self.tile.bq, self.plan.queries)
+        return Block((load(self.refs.query, self.arrays.query, at),), rows, positions, self._operands(here, ("query", "whole")))
+
+    def keys(self, here: Here) -> Block:
+        """The key block of ``here``."""
+        at = (here.b, here.k, pl.ds(here.j * self.tile.bk, self.tile.bk))
+        value = None if self.refs.value is None else load(self.refs.value, self.arrays.value, at)
+        positions = self._positions("key", here.b, here.j, self.tile.bk, self.plan.keys)
+        return Block((load(self.refs.key, self.arrays.key, at), value), (), positions, self._operands(here, ("key",)))
+
+    def join(self, here: Here, queries: Block, keys: Block):
+        """What a tile function wants: q, k, v, rows, at, blocks, seed."""
+        operands = {**queries.operands, **keys.operands, **self._operands(here, ("pair", "offset"))}
+        blocks = jax.tree.unflatten(self.structure, [operands[n] for n in range(len(operands))])
+        origin, seed = self.refs.origin, self.refs.seed
+        at = At(origin[0] + here.b, (origin[1] + here.k) * self.sizes[2] + here.g, queries.positions, keys.positions)
+        return *queries.matrices, *keys.matrices, queries.rows, at, blocks, (seed[0], seed[1])
+
+    def _line(self, x, name: str):
+        """Numbers along the queries or the keys of a tile."""
+        return jnp.expand_dims(x, 1 if (name == "query") != self.transposed else 0)
+
+    def _positions(self, name: str, b, number, size: int, length: int):
+        if not self.plan.contiguous:
+            ref = self.refs.positions[name]
+            return self._line(ref[b if ref.shape[0] > 1 else 0, pl.ds(number * size, size)], name)
+        place = self._line(number * size + lax.iota(jnp.int32, size), name)
+        return place if length % size == 0 else jnp.where(place < length, place, -1)
+
+    def _operands(self, here: Here, kinds) -> dict:
+        return {n: (self._band if f.kind == "offset" else self._operand)(self.refs.operands[n], f, here) for n, f in enumerate(self.forms) if f.kind in kinds}
+
+    def _operand(self, ref, f, here: Here):
+        lead = (place if varies else 0 for place, varies in zip(here[:3], f.spec))
+        rows = pl.ds(here.i * self.tile.bq, self.tile.bq) if f.spec.query else 0
+        columns = pl.ds(here.j * self.tile.bk, self.tile.bk) if f.spec.key else 0
+        x = ref[(*lead, rows, columns, *(slice(None),) * len(f.extra))]
+        if f.kind == "pair":
+            return jnp.swapaxes(x, 0, 1) if self.transposed else x
+        return jnp.expand_dims(x, (0, 1)) if f.kind == "whole" else self._line(x, f.kind)
+
+    def _band(self, ref, f, here: Here):
+        """The tile of an offset table, gathered: entry (a, b) is that of the offset of key b from query a. Tables lie in memory one after the other."""
+        which, tables = 0, 1
+        for place, varies, n in zip(here, f.spec[:3], self.sizes):
+            which, tables = (which * n + place, tables * n) if varies else (which, tables)
+        start = which * (ref.shape[0] // tables) + here.j * self.tile.bk - here.i * self.tile.bq + self.plan.bq - self.plan.low
+        a, b = (self._line(lax.iota(jnp.int32, n), name) for n, name in ((self.tile.bq, "query"), (self.tile.bk, "key")))
+        return ref[start + b - a]
+
+
+def load(ref, array, at):
+    """Rows of a matrix, as wide as its reference."""
+    at, width = (*at, slice(None)), ref.shape[-1]
+    return ref[at] if width == array.shape[-1] else plgpu.load(ref.at[at], mask=_inside(width, array), other=0)
+
+
+def store(ref, array, x):
+    """Writes a block, of which the array may have fewer columns."""
+    x, width = x.astype(ref.dtype), ref.shape[-1]
+    if width == array.shape[-1]:
+        ref[...] = x
+    else:
+        plgpu.store(ref, x, mask=jnp.broadcast_to(_inside(width, array), x.shape))
+
+
+def _inside(width: int, array):
+    return lax.broadcasted_iota(jnp.int32, (1, width), 1) < array.shape[-1]
+
+
+class Output(NamedTuple):
+    """An array that is written a block a program: its shape and dtype, the block (None removes an axis), and the numbers of a program's block."""
+
+    array: Any
+    block: tuple
+    place: Callable
+
+
+def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], program: Callable, outputs, name: str, *, transposed: bool = False):
+    """Runs ``program(reader, ids, outputs)`` for every ``ids`` of the grid; ``outputs`` a pytree of :class:`Output`, there of references."""
+    leaves, structure = jax.tree.flatten(data.operands)
+    forms = [form(x, spec) for x, spec in zip(leaves, flat_specs(plan), strict=True)]
+    inputs = Inputs(
+        data.query, data.key, data.value, jax.tree.map(lambda x: x[..., 0] if x.shape[-1] == 1 else x, rows),
+        None if plan.contiguous else {"query": data.query_positions, "key": data.key_positions},
+        [x.reshape(-1) if f.kind == "offset" else x for x, f in zip(leaves, forms)], data.seed, data.origin, lists)
+    arrays = jax.eval_shape(lambda: inputs)
+    specs = jax.tree.map(_whole, inputs)._replace(
+        query=_wide(data.query), key=_wide(data.key), value=None if data.value is None else _wide(data.value),
+        rows=jax.tree.map(lambda x: _wide(x) if x.ndim == 5 else _whole(x), inputs.rows))
+    read, tree = jax.tree.flatten(inputs)
+    written, outputs_tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
+
+    def kernel(*refs):
+        inputs, outputs = jax.tree.unflatten(tree, refs[:len(read)]), jax.tree.unflatten(outputs_tree, refs[len(read):])
+        reader = Reader(plan, tile, inputs, arrays, forms, structure, data.query.shape[:3], transposed)
+        program(reader, [pl.program_id(axis) for axis in range(len(grid))], outputs)
+
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in read))  # over the axes of a shard_map around this
+    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
+    out = pl.pallas_call(
+        kernel, [jax.ShapeDtypeStruct(w.array.shape, w.array.dtype, **per_device) for w in written], grid=grid,
+        in_specs=jax.tree.leaves(specs), out_specs=[pl.BlockSpec(w.block, w.place) for w in written],
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages), interpret=plan.interpret, name=name,
+    )(*read)
+    return jax.tree.unflatten(outputs_tree, out)
+
+
+def _whole(x, width=None):
+    shape = (*x.shape[:-1], width or x.shape[-1])
+    return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
+
+
+def _wide(x):
+    return _whole(x, power(x.shape[-1]))

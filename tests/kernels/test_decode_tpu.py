@@ -1,0 +1,198 @@
+"""The decode kernel: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from agreement import arrays, assert_agree
+from jax.experimental.pallas import tpu as pltpu
+
+import attnx
+from attnx import masks, scores, weights
+from attnx.core import fused
+from attnx.core.decode import cascade, decode
+
+BATCH, SLOTS, HEADS, KV_HEADS = 4, 200, 4, 2
+LENGTHS = jnp.array([200, 0, 1, 130])
+
+
+def shifted(s, at, row, column):
+    return s + row - column + at.head * (at.key % 3)
+
+
+def by_batch(s, at):
+    return s + at.batch * (at.key % 3)
+
+
+def normal(*shape, seed=7):
+    return jax.random.normal(jax.random.key(seed), shape, float)
+
+
+def caches(dtype=float, *, tokens=1, heads=HEADS, kv_heads=KV_HEADS, slots=SLOTS, size=8):
+    return arrays(dtype, batch=BATCH, queries=tokens, keys=slots, heads=heads, kv_heads=kv_heads, size=size, value_size=size + 4)[:3]
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "splits", "block_size", "return_residual"))
+def run(*args, **options):
+    return decode(*args, **options)
+
+
+def agree(args, tolerance, block_size=64, splits=None, return_residual=True, **parts):
+    expected = run(*args, implementation="reference", return_residual=return_residual, **parts)
+    with fused.forced():
+        got = run(*args, implementation="pallas", block_size=block_size, splits=splits, return_residual=return_residual, **parts)
+    assert_agree(got, expected, tolerance)
+
+
+CASES = {
+    "softmax, sink, soft cap": (2, lambda: dict(weights=weights.softmax(sink=jnp.arange(4.0)), scores=scores.soft_cap(1.0))),
+    "softpick, window, slopes": (1, lambda: dict(weights=weights.softpick(), mask=masks.sliding_window(50), scores=scores.alibi(HEADS))),
+    "temperature, row and column operands, relative positions": (3, lambda: dict(
+        weights=weights.softmax(temperature=jnp.linspace(0.5, 2, 3)), mask=masks.causal(), scores=(
+            scores.t5_bias(normal(8, HEADS), max_distance=9),
+            scores.elementwise(shifted, attnx.Operand(normal(BATCH, 3), ("batch", "query")), attnx.Operand(normal(KV_HEADS, SLOTS), ("kv_head", "key")))))),
+    "bias, boolean mask": (2, lambda: dict(scores=scores.bias(normal(HEADS, 2, SLOTS)), mask=masks.explicit(normal(2, SLOTS) > 0))),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_definition(case):
+    tokens, parts = CASES[case]
+    agree((*caches(tokens=tokens), LENGTHS), 1e-11, **parts())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weigh", [weights.sigmoid(), weights.entmax15()])
+def test_other_weights(weigh):
+    agree((*caches(), LENGTHS), 1e-10, weights=weigh, return_residual=False)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_any_number_of_splits(kv_heads):
+    """Shares that end inside a sequence, that hold several, or none; the last block reaches beyond the cache, where a tile holds NaN."""
+    query, key, value = caches(kv_heads=kv_heads)
+    for splits in (1, 7):
+        agree((query, key, value, LENGTHS), 1e-11, block_size=128 // kv_heads, splits=splits, mask=masks.causal())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_pages(kv_heads):
+    """Pages in any order, several in a tile; entries of the table beyond the length may be anything."""
+    query, key, value = caches(tokens=2, kv_heads=kv_heads)
+    page = 16 * 4 // kv_heads
+    slots = -(-SLOTS // page)
+    table = jax.random.permutation(jax.random.key(3), BATCH * slots + 5)[:BATCH * slots].reshape(BATCH, slots)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, slots * page - SLOTS), (0, 0), (0, 0))).reshape(BATCH, slots, page, *x.shape[2:])
+        return jnp.full((BATCH * slots + 5, *x.shape[2:]), 1e3).at[table].set(x)
+
+    used = jnp.arange(slots) < -(-LENGTHS[:, None] // page)
+    parts = dict(mask=masks.sliding_window(100), scores=scores.alibi(normal(HEADS)))
+    expected = run(query, key, value, LENGTHS, implementation="reference", **parts)
+    with fused.forced():
+        got = run(query, cut(key), cut(value), LENGTHS, page_table=jnp.where(used, table, 2**30), block_size=128, implementation="pallas", **parts)
+    assert_agree(got, expected, 1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_cascade_is_the_flat_call():
+    query, key, value = caches(tokens=2)
+    prefix, lengths = [normal(70, KV_HEADS, size, seed=size) for size in (8, 12)], LENGTHS.at[1:3].set(2)
+    both = [jnp.concatenate([jnp.broadcast_to(p, (BATCH, *p.shape)), x], 1) for p, x in zip(prefix, (key, value))]
+    parts = dict(mask=masks.sliding_window(90), weights=weights.softpick(), scores=scores.elementwise(by_batch))
+    with fused.forced():
+        got = jax.jit(functools.partial(cascade, implementation="pallas", block_size=64, return_residual=True))(query, *prefix, key, value, lengths, **parts)
+    assert_agree(got, run(query, *both, 70 + lengths, implementation="reference", return_residual=True, **parts), 1e-11)
+
+
+@pytest.mark.parametrize("dtype, cache_dtype, tolerance", [(jnp.bfloat16, jnp.bfloat16, 2e-2), (jnp.float32, jnp.bfloat16, 1e-5)])
+def test_bfloat16_caches(dtype, cache_dtype, tolerance):
+    query, key, value = (x.astype(d) for x, d in zip(caches(jnp.float32), (dtype, cache_dtype, cache_dtype)))
+    exact = run(*(x.astype(jnp.float32) for x in (query, key, value)), LENGTHS, implementation="reference", mask=masks.causal())
+    with fused.forced():
+        got = run(query, key, value, LENGTHS, implementation="pallas", mask=masks.causal())
+    assert got.dtype == dtype
+    assert_agree(got, exact, tolerance)
+
+
+def test_simulated_core_has_no_races(capfd):
+    """Memory spaces, copies and semaphores simulated; reading what was never written gives NaN."""
+    args = (*caches(jnp.float32, tokens=2), LENGTHS)
+    options = dict(mask=masks.causal(), scores=scores.bias(normal(2, SLOTS).astype(jnp.float32)))
+    expected = run(*args, implementation="reference", **options)
+    with fused.forced(pltpu.InterpretParams(detect_races=True)):
+        got = run(*args, implementation="pallas", block_size=64, splits=3, **options)
+    assert_agree(got, expected, 1e-5)
+    assert "RACE" not in capfd.readouterr().out  # all that the simulator does about one is to print
+
+
+def test_transformations():
+    """One compilation for all lengths, vmap over caches, and steps of a mechanism."""
+    query, key, value = caches(jnp.float32)
+    traces = []
+
+    @jax.jit
+    def both(query, key, value, lengths):
+        traces.append(lengths)
+        one = lambda implementation: jax.vmap(lambda q, k, v, n: decode(q[None], k[None], v[None], n, implementation=implementation)[0])
+        return one("pallas")(query, key, value, lengths), one("reference")(query, key, value, lengths)
+
+    with fused.forced():
+        for lengths in (LENGTHS, LENGTHS[::-1]):
+            assert_agree(*both(query, key, value, lengths), 1e-5)
+        assert len(traces) == 1
+        mixers = [attnx.pairs(mask=masks.causal(), implementation=name) for name in ("pallas", "reference")]
+        results = [jax.jit(mixer.step)(mixer.init(BATCH, 256, KV_HEADS, 8, 12, jnp.float32), query, key[:, :1], value[:, :1])[1] for mixer in mixers]
+    assert_agree(*results, 1e-5)
+
+
+def test_says_what_it_lacks():
+    query, key, value = caches(jnp.float32)
+    call = functools.partial(decode, query, key, value, LENGTHS, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="backend is 'cpu'"):
+        call()
+    with fused.forced():
+        with pytest.raises(NotImplementedError, match="a multiple of 64"):
+            call(block_size=100)
+        with pytest.raises(NotImplementedError, match="axes of their own"):
+            call(scores=scores.elementwise(shifted, attnx.Operand(jnp.ones((SLOTS, 1)), ("key", None)), jnp.ones(())))
+        with pytest.raises(NotImplementedError, match="values of size 1"):
+            decode(query, key, value[..., :1], LENGTHS, implementation="pallas")
+    with fused.forced(interpret=False), pytest.raises(NotImplementedError, match="float16"):
+        decode(query.astype(jnp.float16), key.astype(jnp.float16), value.astype(jnp.float16), LENGTHS, implementation="pallas")
+
+
+@functools.cache
+def compiled():
+    """What :mod:`compile_decode_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    script = pathlib.Path(__file__).with_name("compile_decode_for_tpu.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
+
+
+@needs_compiler
+def test_compiles_for_v5e():
+    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+
+
+@needs_compiler
+def test_reads_the_cache_where_it_lies():
+    """Compiled for a TPU it allocates next to nothing besides arguments and results: no copy in another layout, contiguous or in pages."""
+    assert max(compiled()["temporary"]) < 2**19
