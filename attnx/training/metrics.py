@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,7 +29,8 @@ class Metrics:
     """
 
     def __init__(self, path: str | os.PathLike, *, tensorboard: bool = False):
-        self.path, self._events = Path(path), None
+        self.path = Path(path)
+        self._events: Any = None
         self._writer = _tensorboard_writer() if tensorboard and jax.process_index() == 0 else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
