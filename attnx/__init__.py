@@ -2,12 +2,17 @@
 
 from attnx import masks, scores, weights
 from attnx.core.attention import attention, ring_attention
+from attnx.core.decode import cascade, decode
+from attnx.core.edges import edge_attention
 from attnx.core.halves import apply, attend_scores, attention_weights, merge, row_statistics
+from attnx.core.linear import linear_attention
+from attnx.core.selected import selected_attention
 from attnx.dot_product import dot_product_attention
 from attnx.mechanism import Mechanism, pairs, recurrent
 from pallas_kernels.parts import At, Operand
 
 __version__ = "0.1.0"
 
-__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "dot_product_attention", "masks", "merge", "pairs",
-           "recurrent", "ring_attention", "row_statistics", "scores", "weights"]
+__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "cascade", "decode", "dot_product_attention",
+           "edge_attention", "linear_attention", "masks", "merge", "pairs", "recurrent", "ring_attention", "row_statistics", "scores", "selected_attention",
+           "weights"]

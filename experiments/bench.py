@@ -19,6 +19,8 @@ from rich.table import Table
 import attnx
 from attnx import masks, weights
 from attnx.cli import UsageError
+from attnx.core.linear import linear_attention
+from attnx.core.selected import selected_attention
 from experiments import markdown
 from experiments.options import parse
 from experiments.progress import Meter
@@ -28,7 +30,8 @@ from experiments.progress import Meter
 class Options:
     """Times attention on this machine, every contestant once a round, and reports medians and the ratios within rounds.
 
-    Two groups: the causal softmax against other libraries, and masks and weights against the plain causal softmax of the same engine.
+    The causal softmax against other libraries; masks and weights against the plain causal softmax of the same engine; and the recurrent and the
+    selected engine against the softmax of the pairs engine.
     """
 
     length: int = 8192
@@ -81,7 +84,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
 
 def bench(options: Options, console: Console) -> dict[str, Any]:
     """Times everything; returns what it also writes to ``bench.json``."""
-    contests = [*_libraries(options), *_parts(options)]
+    contests = [*_libraries(options), *_parts(options), *_recurrent(options), *_selected(options)]
     turns = sum((contest.rounds + 1) * len(contest.entries) for contest in contests)
     results, done = [], 0
     with Meter(turns, console) as meter:
@@ -172,6 +175,34 @@ def _parts(options):
     bounds = {"sliding window of 512": 1 / 12, "16 documents": 1 / 8, "softpick": 1.3, "sigmoid": 1.3}
     return _contests(f"masks and weights, T={options.long}", entries, arrays, "causal softmax", options.long_rounds,
                      {"forward": bounds, "forward and backward": bounds})
+
+
+def _recurrent(options):
+    """A linear mechanism against softmax, and against itself at other lengths."""
+    decay = jnp.log1p(-jnp.geomspace(1 / 4, 1 / 4096, options.heads))
+    linear, length = partial(linear_attention, log_decay=decay), options.long // 2
+    entries = {"causal softmax": partial(attnx.attention, mask=masks.causal(), implementation="blockwise"), "linear, a decay a head": linear}
+    bounds = dict.fromkeys(("forward", "forward and backward"), {"linear, a decay a head": 1 / 8})
+    contests = _contests(f"recurrent engine, T={length}", entries, _arrays(length, options), "causal softmax", options.long_rounds, bounds)
+    short, long = options.length // 4, 2 * options.long
+    passes = {f"T={n}": _passes(linear, _arrays(n, options)) for n in (short, long)}
+    growth = {f"T={long}": 1.5 * long / short}  # time a token within 1.5x
+    return contests + [Contest(f"recurrent engine, two lengths, {which}", {name: each[which] for name, each in passes.items()}, f"T={short}", options.rounds, growth)
+                       for which in ("forward", "forward and backward")]
+
+
+def _selected(options):
+    """Each query block of 64 attends to a sixteenth of the key blocks."""
+    blocks = -(-options.long // 64)
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(blocks), (1, options.heads, blocks, 1)), axis=3)[..., :max(blocks // 16, 1)]
+
+    def select(query, key, value):
+        indices = jax.lax.optimization_barrier(jnp.asarray(chosen, jnp.int32))  # no constant, as in a mechanism that chooses
+        return selected_attention(query, key, value, indices, block_sizes=(64, 64))
+
+    entries = {"softmax over all pairs": partial(attnx.attention, implementation="blockwise"), "1/16 of the blocks": select}
+    bounds = dict.fromkeys(("forward", "forward and backward"), {"1/16 of the blocks": 1 / 8})
+    return _contests(f"selected engine, T={options.long}", entries, _arrays(options.long, options), "softmax over all pairs", options.long_rounds, bounds)
 
 
 # Results ------------------------------------------------------------------------------------------------------------

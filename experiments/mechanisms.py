@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import attnx
 from attnx.cli import UsageError
+from attnx.sparse import topk_blocks
 
 
 def _linear(length, heads):
@@ -16,11 +17,18 @@ def _linear(length, heads):
     return attnx.recurrent(log_decay=jnp.log1p(-jnp.geomspace(1 / 4, 1 / (2 * length + 4), heads)))
 
 
+def _selected(length, heads):
+    """Four blocks of a sixteenth of the training length, chosen by the query block."""
+    size = max(length // 16, 1)
+    return topk_blocks(size, 4, query_block_size=size)
+
+
 MECHANISMS: dict[str, Callable[[int, int], attnx.Mechanism]] = {
     "softmax": lambda length, heads: attnx.pairs(mask=attnx.masks.causal()),
     "window": lambda length, heads: attnx.pairs(mask=attnx.masks.sliding_window(max(length // 4, 1))),
     "softpick": lambda length, heads: attnx.pairs(mask=attnx.masks.causal(), weights=attnx.weights.softpick()),
     "linear": _linear,
+    "selected": _selected,
 }
 """``{name: (length, heads) -> mechanism}``: how many tokens the model reads in training, and its key-value heads."""
 

@@ -16,7 +16,7 @@ def table(summary: dict[str, Any]) -> Table:
     length = summary["options"]["length"]
     longer = len(summary["mechanisms"][0]["by_position"])
     result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
-                   box=box.SIMPLE)
+                   box=box.SIMPLE, padding=(0, 0, 0, 1))
     result.add_column("", no_wrap=True)
     for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
                     f"state at\n{longer}"):

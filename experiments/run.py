@@ -29,7 +29,7 @@ class Recipe(ModelOptions):
     """Parts into which a batch is cut to be evaluated one after another, in less memory."""
     separate: bool = False
     """Keep files that share a sequence from seeing each other."""
-    steps: int = 3000
+    steps: int = 2700
     """Number of updates."""
     learning_rate: float = 0.014
     """Peak rate of Muon, which trains the matrices inside the blocks."""
@@ -68,19 +68,20 @@ class Run:
       folder: of the run.
       name: of the mechanism, see :func:`experiments.mechanisms.mechanism`.
       recipe: the rest.
+      tensorboard: whether its metrics are written for TensorBoard too.
 
     Raises:
       UsageError: for options that no run can have.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, recipe: Recipe):
+    def __init__(self, folder: str | os.PathLike, name: str, recipe: Recipe, *, tensorboard: bool = False):
         self.folder, self.name, self.recipe = Path(folder), name, recipe
         _check(recipe)
         try:
             self.model = LanguageModel(recipe, mechanism(name, recipe.length, recipe.kv_heads or recipe.heads), recipe.seed)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        self.metrics = training.Metrics(self.folder / "metrics.jsonl")
+        self.metrics = training.Metrics(self.folder / "metrics.jsonl", tensorboard=tensorboard)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Run":
@@ -162,7 +163,9 @@ def claim(file: Path, options: dict[str, Any]) -> None:
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(options, indent=2))
+            own = file.with_suffix(f".{os.getpid()}.tmp")  # several processes may claim it at once
+            own.write_text(json.dumps(options, indent=2))
+            own.replace(file)
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot use {file}: {error}") from error

@@ -40,6 +40,8 @@ class Options(Recipe):
     """Devices over which heads and hidden sizes are cut."""
     distributed: bool = False
     """One of several processes, which find each other as SLURM or the cloud says."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too (needs tensorboardX)."""
 
 
 def main(program: str, arguments: Sequence[str]) -> int:
@@ -50,7 +52,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
     console = Console(quiet=jax.process_index() != 0)
     mesh = _mesh(options)
-    run = Run(options.out, options.mechanism, recipe)
+    run = Run(options.out, options.mechanism, recipe, tensorboard=options.tensorboard)
     train, held = training.read(options.data).split()
     try:
         prepared = run.prepare(mesh)

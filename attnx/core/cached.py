@@ -102,7 +102,8 @@ class Cached:
     def fold_segments(self, data: CachedData, init, body, finish, rows, axes):
         """The results of all segments, a pytree of [S + B - 1, R, X]; that of no tile; and the work it was."""
         sizes, splits, query = self.program.sizes, self.splits, _packed(data.query)
-        work = share_out(*tile_table(self.program, data, self.block), splits)
+        some, every = tile_table(self.program, data, self.block)
+        work = share_out(some, every, splits)
 
         def visit(item, carry):
             at = unpack(item)
@@ -253,7 +254,8 @@ class FusedCached(Cached):
         count = sizes.heads * sizes.queries
         more, blocks = self.tiling.bq - count, -(-sizes.keys // self.block)
         tail = blocks * columns - sizes.keys * sizes.kv_heads
-        work = share_out(*tile_table(self.program, data, self.block), self.splits)
+        some, every = tile_table(self.program, data, self.block)
+        work = share_out(some, every, self.splits)
         flat = lambda x: None if x is None else x.reshape(x.shape[0], -1, x.shape[-1])
         pages = None if data.pages is None else self._pages(data, work)
         place = self._at(data.origin, 0, data.query_positions[0], jnp.zeros(self.block, jnp.int32))
@@ -315,7 +317,7 @@ def choose_cached(program: Program, data: CachedData, implementation: str | None
 
 def _check_kernel(program: Program, data: CachedData):
     """How the kernel is to be run, if it can serve the call."""
-    interpret, platform = fused._forced.get() or (False, jax.default_backend())
+    interpret, platform = fused.target()
     lacks = "implementation='pallas': the decode kernel"
     if platform != "tpu":
         raise NotImplementedError(f"{lacks} is for TPU, the backend is {platform!r}; use 'blockwise' or None (attnx.core.fused.forced() emulates it)")

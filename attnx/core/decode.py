@@ -150,7 +150,8 @@ def cascade(query: Float[Array, "B t N H"], prefix_key: Float[Array, "P K H"], p
     head, shared = section(0, known)
     shared = shared._replace(key=shared_key, value=shared_value, pages=None, key_positions=shared.key_positions[:1],
                              span=jnp.stack([jnp.zeros_like(start), jnp.minimum(start, known)])[None])
-    folded = call.run(*_fold_batch(head, shared), sizes.batch)
+    once, gathered = _fold_batch(head, shared)
+    folded = call.run(once, gathered, sizes.batch)
     own = call.run(*section(known, sizes.keys))
     folded = jax.tree.map(lambda x, like: jnp.moveaxis(x.reshape(*x.shape[1:3], *like.shape[:1], *like.shape[3:]), 2, 0), folded, own)
     return call.result(with_sink(merge_results(folded, own), call.sink), return_residual)
@@ -262,7 +263,7 @@ def _fold_batch(program: Program, data: CachedData):
 
 
 @partial(jax.jit, static_argnums=0)
-def _execute(executor, data: CachedData):
+def _execute(executor, data):
     return operations.output(executor, data)
 
 

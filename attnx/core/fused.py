@@ -48,6 +48,11 @@ def forced(interpret: Any = True, platform: str = "tpu"):
         _forced.reset(token)
 
 
+def target() -> tuple[Any, str]:
+    """How and for what platform kernels are to be run here: what :func:`forced` says, or compiled for the backend."""
+    return _forced.get() or (False, jax.default_backend())
+
+
 @dataclasses.dataclass(frozen=True)
 class Fused:
     """Executes a program on fused kernels; static and hashable.
@@ -101,7 +106,7 @@ class Fused:
 
 def choose_fused(program: Program, data: Data, block_sizes=None) -> Fused:
     """The executor of a call, or NotImplementedError that says what the kernels lack for it."""
-    interpret, platform = _forced.get() or (False, jax.default_backend())
+    interpret, platform = target()
     if platform not in PLATFORMS:
         raise NotImplementedError(f"implementation='pallas': the kernels are for TPU and GPU, the backend is {platform!r}; use 'blockwise' or None "
                                   "(attnx.core.fused.forced() emulates them)")

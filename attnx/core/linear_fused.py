@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from attnx.core import fused
@@ -15,7 +14,7 @@ CHUNK = 128  # tokens, as many as a vector has lanes
 
 def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> Any:
     """How the kernels are to be run, ``interpret`` of ``pallas_call``, if they can serve the call."""
-    interpret, platform = fused._forced.get() or (False, jax.default_backend())
+    interpret, platform = fused.target()
     lacks = "implementation='pallas': the kernels of the recurrent engine"
     if platform != "tpu":
         raise NotImplementedError(f"{lacks} are for TPU, the backend is {platform!r}; use 'chunked' or None (attnx.core.fused.forced() emulates them)")

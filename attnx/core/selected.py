@@ -92,9 +92,8 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     if materialise:
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)
     _, program, data = prepare(query, key, value, **parts)
-    executor = choose(program, data, bq, bk)
-    if implementation == "pallas":
-        executor = choose_fused(program, data, executor)
+    gathered = choose(program, data, bq, bk)
+    executor = choose_fused(program, data, gathered) if implementation == "pallas" else gathered
     out, r = _execute(executor, data, sink_of(program, weights))
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
@@ -141,9 +140,9 @@ def choose(program: Program, data: Data, bq: int, bk: int) -> Selected:
     """The execution of a call, its tiles sized by what was fastest at its shape class."""
     sizes, table = program.sizes, data.operands.mask[0]
     heads = 1 if program.specs.mask[0].group else sizes.heads // sizes.kv_heads  # in a tile
-    entries = max(1, min(table.shape[-1], min(256, max(64, 16 * bq)) // bk))
+    entries = max(1, min(table.shape[-1], min(2048, max(64, 32 * bq)) // bk))
     room = 1 if jax.default_backend() == "cpu" else 64  # what caches hold, or what keeps an accelerator busy
-    blocks = room * min(2**18 // (heads * bq * entries * bk), 2**13 // (heads * entries * bk))
+    blocks = room * min(2**19 // (heads * bq * entries * bk), 2**13 // (heads * entries * bk))
     return Selected(program, Tiling(bq, bk, 1), max(1, min(blocks, sizes.batch * sizes.heads // heads * table.shape[-2])), entries)
 
 

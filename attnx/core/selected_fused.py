@@ -7,6 +7,7 @@ several small ones; in the kernel the table then tells its pairs apart. Lists th
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class FusedSelected(fused.Fused):
       gathered: the execution that serves second derivatives; its tiling has the block sizes.
     """
 
-    gathered: Selected | None = None
+    gathered: Any = None
 
     def fold_rows(self, data: Data, init, body, finish, rows=(), *, differentiable: bool = False):
         """As :meth:`attnx.core.fused.Fused.fold_rows`."""
@@ -123,7 +124,7 @@ def _listed(program: Program, data: Data, tiling: Tiling, blocks: Tiling, table)
 def choose_fused(program: Program, data: Data, gathered: Selected) -> FusedSelected:
     """The executor of a call, or NotImplementedError that says what the kernels lack for it."""
     lacks, instead = "implementation='pallas': the kernels of the selected engine", "use 'gathered' or None"
-    interpret, platform = fused._forced.get() or (False, jax.default_backend())
+    interpret, platform = fused.target()
     bq, bk, _ = gathered.tiling
     if platform != "tpu":
         raise NotImplementedError(f"{lacks} are for TPU, the backend is {platform!r}; {instead} (attnx.core.fused.forced() emulates them)")
@@ -136,5 +137,6 @@ def choose_fused(program: Program, data: Data, gathered: Selected) -> FusedSelec
         raise NotImplementedError(f"{lacks} take no values of size 1; {instead}")
     if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"{lacks} compute in float32 and bfloat16, not in {data.query.dtype}; {instead}")
-    tiling = Tiling(*(min(TILE, max(128, size), power(length, 128)) for size, length in zip((bq, bk), (program.sizes.queries, program.sizes.keys))), 1)
+    fit = lambda size, length: min(TILE, max(128, size), power(length, 128))
+    tiling = Tiling(fit(bq, program.sizes.queries), fit(bk, program.sizes.keys), 1)
     return FusedSelected(without_padding(program, tiling), tiling, None, interpret, gathered)

@@ -191,9 +191,13 @@ class Selected:
             split = (x.shape[2], 1) if self.lanes > 1 else (1, x.shape[2])
             return Blocked(x, (*x.shape[:2], *split, x.shape[3] // bq, bq, x.shape[4]), ("batch", "kv_head", "lane", None, "block", None, None))
 
-        def of_keys(x):  # [B, K, S, X], in the order in which it came from the caller
-            x = jnp.swapaxes(widen(x, 2, -x.shape[2] % bk), 1, 2)
-            return Blocked(x, (x.shape[0], x.shape[1] // bk, bk, *x.shape[2:]), ("batch", "chosen", None, "kv_head", None))
+        def of_keys(x):  # [B, K, S, X]
+            x = widen(x, 2, -x.shape[2] % bk)
+            blocks, (rows, entries) = x.shape[2] // bk, data.operands.mask[0].shape[5:7]
+            if rows * entries >= blocks:  # much is read: let a block of a head lie in one piece
+                return Blocked(x, (*x.shape[:2], blocks, bk, x.shape[3]), ("batch", "kv_head", "chosen", None, None))
+            x = jnp.swapaxes(x, 1, 2)  # the order in which it came from the caller
+            return Blocked(x, (x.shape[0], blocks, bk, *x.shape[2:]), ("batch", "chosen", None, "kv_head", None))
 
         def positions(x, more, size, name):
             x = widen(x, 1, more, constant_values=-1)
@@ -221,7 +225,7 @@ class Selected:
         b, k, g, t, _ = data.query.shape
         (bq, bk, _), m, lanes, cut, (low, high) = self.tiling, self.entries, self.lanes, self._cut(data, rows), self.program.sizes.offsets
         table = cut.operands.mask[0]
-        nq, padding, length = -(-t // bq), cut.key.shape[1], table.shape[6]
+        nq, padding, length = -(-t // bq), -(-data.key.shape[2] // bk), table.shape[6]
         count, heads = b * k * lanes * nq, g // lanes
         axes = jax.tree.map(lambda x: 0 if x.grouped else None, cut.operands, is_leaf=is_blocked)
         each_head = lambda f: jax.vmap(jax.vmap(f))

@@ -75,4 +75,5 @@ def fit(step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]
             loss, running = settle(*running), None
             checkpoints.save(number, state, {"data": batches.get_state(), "seconds": time.perf_counter() - started, "run": extra}, loss=loss)
     checkpoints.wait()
+    metrics.close()
     return state

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.parts import Exponential, part
 
-
 _NEAR = 0.5
 
 
@@ -29,6 +28,21 @@ def _less_one(s):
     return s * series
 
 
+@jax.custom_jvp
+def _scaled(s, m):
+    """(e^s - 1) e^-m."""
+    one = jnp.exp(-m)
+    return jnp.where(jnp.abs(s) < _NEAR, one * _less_one(s), jnp.exp(s - m) - one)
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    """The slope is e^(s-m); the series need not be differentiated."""
+    (s, m), (ds, dm) = primals, tangents
+    d = _scaled(s, m)
+    return d, jnp.exp(s - m) * ds - d * dm
+
+
 @part
 class Softpick(Exponential):
     """See :func:`softpick`."""
@@ -37,8 +51,7 @@ class Softpick(Exponential):
         return jnp.maximum(s, 0)
 
     def terms(self, s, m):
-        one = jnp.exp(-m)
-        d = jnp.where(jnp.abs(s) < _NEAR, one * _less_one(s), jnp.exp(s - m) - one)
+        d = _scaled(s, m)
         return jax.nn.relu(d), jnp.abs(d)
 
 

@@ -120,7 +120,8 @@ def fold_rows(plan: Plan, work: Work, pages, span, packed: Packed, init: Callabl
 
     whole = partial(jax.tree.map, lambda x: (x, spec(x)))
     along = lambda x: (x, spec(x, 2 if x.shape[2] > 1 else None))
-    reads = Packed(whole(packed.query), cache(packed.key), cache(packed.value), whole(packed.rows), *map(whole, packed[4:7]), whole(packed.column),
+    reads = Packed(whole(packed.query), cache(packed.key), cache(packed.value), whole(packed.rows),
+                   whole(packed.head), whole(packed.batch), whole(packed.owner), whole(packed.column),
                    whole(packed.query_positions), (along if span is None else whole)(packed.key_positions), jax.tree.map(along, packed.operands))
     pairs, reads_tree = jax.tree.flatten(reads, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], pl.BlockSpec))
     kept, kept_tree = jax.tree.flatten(jax.tree.map(lambda x: pltpu.VMEM((x.shape[0], LANES if x.shape[1] == 1 else x.shape[1]), x.dtype), carries))
