@@ -30,8 +30,8 @@ def predicate(function: Callable, *params, cover: Callable | None = None) -> Mas
     """The mask ``function(at, *params)``.
 
     Args:
-      function: a module-level function, traceable, of ``at`` (``at.batch``, ``at.head`` scalars, ``at.query`` [bq, 1], ``at.key`` [1, bk], logical
-        positions) and of a block of each parameter; returns booleans that broadcast to [bq, bk].
+      function: a module-level function, traceable, of ``at`` (``at.batch``, ``at.head`` and the logical positions ``at.query``, ``at.key``: integers that
+        broadcast to [bq, bk], as a rule scalars, [bq, 1] and [1, bk]) and of a block of each parameter; returns booleans that broadcast to [bq, bk].
       params: arrays, handed over whole with two leading axes of size 1, or :class:`attnx.Operand` (array with the meaning of its
         axes), handed over by block. New values need no recompilation.
       cover: optionally ``cover(query, key, *ranges) -> (some, every)``, from the ranges (low, high) of positions and params in a tile: whether a

@@ -26,8 +26,8 @@ def elementwise(function: Callable, *params) -> Score:
     """Replaces the scores by ``function(s, at, *params)``, with exact gradients for s and the parameters.
 
     Args:
-      function: a module-level function, traceable, elementwise in ``s`` [bq, bk]; ``at`` holds ``batch``, ``head`` (scalars) and the logical
-        positions ``query`` [bq, 1], ``key`` [1, bk].
+      function: a module-level function, traceable, elementwise in ``s`` [bq, bk]; ``at`` holds ``batch``, ``head`` and the logical positions
+        ``query``, ``key``: integers that broadcast against ``s``, as a rule scalars, [bq, 1] and [1, bk].
       params: arrays, handed over whole with two leading axes of size 1, or :class:`attnx.Operand` (array with the meaning of its
         axes), handed over by block. New values need no recompilation.
 
