@@ -16,6 +16,7 @@ from rich.table import Table
 
 from attnx.cli import UsageError
 from experiments.options import parse
+from experiments.tpu import ENVIRONMENT
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -66,7 +67,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
 
 
 def _mesh(options):
-    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    os.environ.update(ENVIRONMENT)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from attnx.cli import UsageError
 from experiments import markdown
 from experiments.options import parse
+from experiments.tpu import ENVIRONMENT, TOPOLOGIES
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TILE, SIZE, CHUNK = 512, 128, 128  # queries and keys of a tile, size of a head, tokens of a chunk
 LENGTH, HEADS = 2048, 2  # the schedules do not depend on them, and what surrounds the kernels compiles quickly
 
@@ -88,8 +88,7 @@ def measure(chip: str, names: Sequence[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"}
+            **ENVIRONMENT, "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"}
         done = subprocess.run([sys.executable, "-m", "experiments.tpu_schedule", chip, folder, *names], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UsageError(f"compiling for {chip} failed: {done.stderr[-2000:]}")

@@ -94,9 +94,9 @@ def attention(
                                dropout_rate=program.parts.dropout_rate, positions=(query_positions, key_positions), return_residual=return_residual)
     sink = sink_of(program, weights)
     if chosen == "reference" or no_tiles(program):
-        out, r = _reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
+        out, r = execute_reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
     else:
-        out, r = _execute(_executor(chosen, program, data, block_sizes), data, sink)
+        out, r = execute(_executor(chosen, program, data, block_sizes), data, sink)
     out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -145,18 +145,20 @@ def ring_attention(query, key, value, *, mesh=None, axis_name: str = "sequence",
     if no_tiles(program):
         return attention(query, key, value, return_residual=return_residual, implementation="reference", **parts)
     ring = choose_ring(program, data, choose_tiling(program, data, block_sizes), mesh, axis_name, batch_axes, head_axes, zigzag)
-    out, r = _execute(ring, data, sink_of(program, weights))
+    out, r = execute(ring, data, sink_of(program, weights))
     out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
 
 @partial(jax.jit, static_argnums=0)
-def _execute(executor, data: Data, sink):
+def execute(executor, data, sink):
+    """Output and residual of a call by an executor, the sink (or None) let in."""
     return with_sink(operations.output(executor, data), sink)
 
 
 @partial(jax.jit, static_argnums=0)
-def _reference(program: Program, data: Data, sink):
+def execute_reference(program: Program, data: Data, sink):
+    """The same by the definition."""
     return with_sink(reference.output(program, data), sink)
 
 

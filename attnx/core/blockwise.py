@@ -32,9 +32,9 @@ from attnx.core.tiling import (
     rows_block,
     token_rows_block,
     unpad_operand,
-    visits,
 )
 from pallas_kernels import tile
+from pallas_kernels.flash.schedule import visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Blockwise:
         data, rows = vary((data, rows), axes)
         data, rows = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling)
         nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
-        todo = visits(cover(program, data, tiling), tiling)
+        todo = visits(cover(program, data, tiling), lanes=tiling.lanes)
         by_tokens = jax.tree.map(by_token, (data.query, rows))
 
         def place(n):
@@ -139,7 +139,7 @@ class Blockwise:
         data, rows = vary((data, rows), axes)  # or the tiles' own gradients would be summed over devices, tile by tile
         data, rows, gradient_of = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
         nk, chunks = data.key.shape[2] // tiling.bk, k // tiling.lanes
-        todo = visits(cover(program, data, tiling), tiling, by_key=True)
+        todo = visits(cover(program, data, tiling), lanes=tiling.lanes, by_key=True)
         operands, specs = partition(data.operands)[0], program.inexact_specs(data.operands)
 
         def step(carry, n):

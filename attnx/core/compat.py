@@ -3,15 +3,7 @@
 import jax
 from jax import lax
 
-
-def varying_axes(*trees) -> frozenset:
-    """The mesh axes over which any array of the trees varies, inside ``shard_map`` with its checks on; empty elsewhere."""
-    axes = frozenset()
-    for x in jax.tree.leaves(trees):
-        kind = jax.typeof(x)
-        kind = getattr(kind, "manual_axis_type", None) or kind
-        axes |= getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
-    return axes
+from pallas_kernels.compat import varying_axes
 
 
 def vary(tree, axes: frozenset):

@@ -6,7 +6,6 @@ them (:func:`cascade`).
 """
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnx.core import checks, operations, reference
-from attnx.core.attention import no_tiles, sink_of, with_sink
+from attnx.core import checks
+from attnx.core.attention import execute, execute_reference, no_tiles, sink_of, with_sink
 from attnx.core.cache import computation_dtype
 from attnx.core.cached import CachedData, canonical, choose_cached, merge_results
-from attnx.core.program import Data, Program, bind, unbind_output
+from attnx.core.program import Program, bind, unbind_output
 from attnx.core.tiling import map_operands
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Spec, Weights
 
@@ -79,7 +78,7 @@ def decode(query: Float[Array, "B t N H"], key_cache: Float[Array, "B L K H"], v
     if return_residual:
         checks.check_exponential("return_residual", weights)
     if call.materialised:
-        return call.result(_reference(call.program, canonical(call.data), call.sink), return_residual)
+        return call.result(execute_reference(call.program, canonical(call.data), call.sink), return_residual)
     return call.result(with_sink(call.run(call.program, call.data), call.sink), return_residual)
 
 
@@ -140,7 +139,7 @@ def cascade(query: Float[Array, "B t N H"], prefix_key: Float[Array, "P K H"], p
 
         whole = canonical(data)
         whole = whole._replace(key=both(shared_key, whole.key), value=both(shared_value, whole.value))
-        return call.result(_reference(program, whole, call.sink), return_residual)
+        return call.result(execute_reference(program, whole, call.sink), return_residual)
 
     def section(first, last):  # the call on some of the keys
         cut = map_operands(lambda x, spec: x[:, :, :, :, first:last] if spec.key else x, data.operands, program.specs)
@@ -174,8 +173,8 @@ class _Call(NamedTuple):
     def run(self, program, data, folded=1):
         """Output and residual in the canonical layout, no sink yet."""
         if no_tiles(program):
-            return _reference(program, canonical(data), None)
-        return _execute(choose_cached(program, data, self.implementation, *self.cut, folded), data)
+            return execute_reference(program, canonical(data), None)
+        return execute(choose_cached(program, data, self.implementation, *self.cut, folded), data, None)
 
     def result(self, result, return_residual):
         out, r = result
@@ -260,13 +259,3 @@ def _fold_batch(program: Program, data: CachedData):
     data = data._replace(query=query.reshape(1, *query.shape[:2], b * t, query.shape[-1]), operands=map_operands(fold, data.operands, program.specs),
                          query_positions=jnp.broadcast_to(data.query_positions, (b, t)).reshape(1, b * t))
     return dataclasses.replace(program, specs=specs, sizes=program.sizes._replace(batch=1, queries=b * t)), data
-
-
-@partial(jax.jit, static_argnums=0)
-def _execute(executor, data):
-    return operations.output(executor, data)
-
-
-@partial(jax.jit, static_argnums=0)
-def _reference(program: Program, data: Data, sink):
-    return with_sink(reference.output(program, data), sink)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attnx.core import checks, operations
-from attnx.core.attention import attention, prepare, sink_of, with_sink
+from attnx.core import checks
+from attnx.core.attention import attention, execute, prepare, sink_of
 from attnx.core.program import Data, Program, unbind_output
-from attnx.core.selected_fused import FusedSelected, choose_fused
+from attnx.core.selected_fused import choose_fused
 from attnx.core.selected_gathered import Chosen, Extra, Selected
 from attnx.core.tiling import Tiling, widen
 from pallas_kernels.parts import Mask, Score, Softmax, Weights
@@ -94,7 +94,7 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
     _, program, data = prepare(query, key, value, **parts)
     gathered = choose(program, data, bq, bk)
     executor = choose_fused(program, data, gathered) if implementation == "pallas" else gathered
-    out, r = _execute(executor, data, sink_of(program, weights))
+    out, r = execute(executor, data, sink_of(program, weights))
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -144,8 +144,3 @@ def choose(program: Program, data: Data, bq: int, bk: int) -> Selected:
     room = 1 if jax.default_backend() == "cpu" else 64  # what caches hold, or what keeps an accelerator busy
     blocks = room * min(2**19 // (heads * bq * entries * bk), 2**13 // (heads * entries * bk))
     return Selected(program, Tiling(bq, bk, 1), max(1, min(blocks, sizes.batch * sizes.heads // heads * table.shape[-2])), entries)
-
-
-@partial(jax.jit, static_argnums=0)
-def _execute(executor: Selected | FusedSelected, data: Data, sink):
-    return with_sink(operations.output(executor, data), sink)

@@ -45,19 +45,6 @@ def without_padding(program: Program, tiling: Tiling) -> Program:
     return dataclasses.replace(program, parts=dataclasses.replace(program.parts, real=program.contiguous and whole))
 
 
-class Visits(NamedTuple):
-    """Which key blocks each query block visits: ``order[..., :full]`` unmasked, ``order[..., full:active]`` masked."""
-
-    order: Any  # [B or 1, C or 1, nq, nk]
-    full: Any  # [B or 1, C or 1, nq]
-    active: Any
-
-    def of(self, b, c, block):
-        """The list of one block, or of all batch elements and chunks alike where the table does not vary over them."""
-        index = (b if self.full.shape[0] > 1 else 0, c if self.full.shape[1] > 1 else 0, block)
-        return self.order[index], self.full[index], self.active[index]
-
-
 def widen(x, axis: int, more, mode: str = "constant", **kwargs):
     """Pads one axis by ``more`` at its end, or by ``(before, after)``."""
     widths = [(0, 0)] * x.ndim
@@ -147,20 +134,6 @@ def cover(program: Program, data: Data, tiling: Tiling, blocks=None) -> Cover:
     ranges = [extent(x, spec) for x, spec in zip(data.operands.mask, program.specs.mask)]
     certain = mask.block(Range(column(query.low), column(query.high)), Range(row(key.low), row(key.high)), *ranges)
     return Cover(some & certain.some, every & certain.every)
-
-
-def visits(table: Cover, tiling: Tiling, *, by_key: bool = False) -> Visits:
-    """The tiles worth visiting, for each query block (or for each key block: ``by_key``), lanes that are evaluated together united."""
-    def unite(x, reduce):
-        x = reduce(x, axis=2)
-        if x.shape[1] > 1:
-            x = reduce(x.reshape(x.shape[0], -1, tiling.lanes, *x.shape[2:]), axis=2)
-        return jnp.swapaxes(x, -1, -2) if by_key else x
-
-    some, every = unite(table.some, jnp.any), unite(table.every, jnp.all)
-    rank = jnp.where(some, jnp.where(every, 0, 1), 2)
-    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
-    return Visits(order, (rank == 0).sum(-1, dtype=jnp.int32), (rank < 2).sum(-1, dtype=jnp.int32))
 
 
 # Reading blocks, adding gradients -----------------------------------------------------------------------------------

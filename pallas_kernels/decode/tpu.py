@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compat import results_like
 from pallas_kernels.decode.schedule import Work, unpack
 from pallas_kernels.parts import At
 
@@ -168,10 +169,8 @@ def fold_rows(plan: Plan, work: Work, pages, span, packed: Packed, init: Callabl
             jax.tree.map(_write, out, finish(jax.tree.map(lambda ref: ref[...], carry)))
 
     arrays = [x for x, _ in pairs]
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))  # over the axes of a shard_map around this
-    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
     out = pl.pallas_call(
-        kernel, [jax.ShapeDtypeStruct((plan.splits + b - 1, *x.shape), x.dtype, **per_device) for x in results],
+        kernel, results_like([jax.ShapeDtypeStruct((plan.splits + b - 1, *x.shape), x.dtype) for x in results], arrays),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=(plan.splits, work.share), in_specs=[s for _, s in pairs],
             out_specs=[segment(x) for x in results], scratch_shapes=kept),

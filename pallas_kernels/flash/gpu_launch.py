@@ -14,29 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.compat import results_like
 from pallas_kernels.flash.launch import Plan, flat_specs
 from pallas_kernels.flash.operands import form
 from pallas_kernels.flash.tiles import Tile, power
-from pallas_kernels.parts import At, Cover
-
-
-class Visits(NamedTuple):
-    """The inner blocks that each outer block visits: ``order[..., :full]`` unmasked, ``order[..., full:active]`` masked."""
-
-    order: Any  # int32 [B or 1, K or 1, outer, inner]
-    full: Any  # int32 [B or 1, K or 1, outer]
-    active: Any
-
-
-def visits(table: Cover, *, by_key: bool = False) -> Visits:
-    """The lists of a tile table [B or 1, K or 1, G or 1, nq, nk], united over groups; ``by_key``: key blocks outside."""
-    some, every = table.some.any(2), table.every.all(2)
-    if by_key:
-        some, every = some.swapaxes(-1, -2), every.swapaxes(-1, -2)
-    inner = some.shape[-1]
-    rank = jnp.where(some, jnp.where(every, 0, inner), 2 * inner) + jnp.arange(inner, dtype=jnp.int32)
-    count = lambda x: x.sum(-1, dtype=jnp.int32)
-    return Visits(jnp.sort(rank, -1).astype(jnp.int32) % inner, count(some & every), count(some))
+from pallas_kernels.parts import At
 
 
 class Here(NamedTuple):
@@ -202,10 +184,8 @@ def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], pro
         reader = Reader(plan, tile, inputs, arrays, forms, structure, data.query.shape[:3], transposed)
         program(reader, [pl.program_id(axis) for axis in range(len(grid))], outputs)
 
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in read))  # over the axes of a shard_map around this
-    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
     out = pl.pallas_call(
-        kernel, [jax.ShapeDtypeStruct(w.array.shape, w.array.dtype, **per_device) for w in written], grid=grid,
+        kernel, results_like([w.array for w in written], read), grid=grid,
         in_specs=jax.tree.leaves(specs), out_specs=[pl.BlockSpec(w.block, w.place) for w in written],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages), interpret=plan.interpret, name=name,
     )(*read)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compat import results_like
 from pallas_kernels.flash.entries import Choice, names_any, read_scores, read_table
 from pallas_kernels.flash.operands import LANES, Form, Window, block, column, form, line, matrix, spread, wide, window
 from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Schedule, unpack
@@ -150,12 +151,10 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
     counts = {"b": b, "k": k, "g": g, "s": timetable.count}
     arrays = [w.array for w in read]
     start = [jnp.zeros(w.array.shape, w.array.dtype) for w in written] if zeroed else []
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))  # over the axes of a shard_map around this
-    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
     scalars = (timetable.steps.reshape(-1), data.query_positions[:, ::plan.bq].reshape(-1), data.key_positions[:, ::plan.bk].reshape(-1),
                data.seed, data.origin)
     out = pl.pallas_call(
-        kernel, [jax.ShapeDtypeStruct(w.array.shape, w.array.dtype, **per_device) for w in written],
+        kernel, results_like([w.array for w in written], arrays),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5, grid=tuple(counts[c] for c in order),
             in_specs=[w.spec(index) for w in read] + [pl.BlockSpec(memory_space=pl.ANY)] * len(start),

@@ -29,6 +29,37 @@ class Schedule(NamedTuple):
     count: Any
 
 
+class Visits(NamedTuple):
+    """The inner blocks that each outer block visits: ``order[..., :full]`` unmasked, ``order[..., full:active]`` masked."""
+
+    order: Any  # int32 [B or 1, heads or 1, outer, inner]
+    full: Any  # int32 [B or 1, heads or 1, outer]
+    active: Any
+
+    def of(self, b, head, block):
+        """The list of one block, or of all batch elements and heads alike where the table does not vary over them."""
+        index = (b if self.full.shape[0] > 1 else 0, head if self.full.shape[1] > 1 else 0, block)
+        return self.order[index], self.full[index], self.active[index]
+
+
+def visits(table: Cover, *, lanes: int = 1, by_key: bool = False) -> Visits:
+    """The lists of a tile table [B or 1, K or 1, G or 1, nq, nk], united over groups and over ``lanes`` key-value heads at a time.
+
+    ``by_key``: key blocks outside.
+    """
+    def unite(x, reduce):
+        x = reduce(x, axis=2)
+        if x.shape[1] > 1:
+            x = reduce(x.reshape(x.shape[0], -1, lanes, *x.shape[2:]), axis=2)
+        return jnp.swapaxes(x, -1, -2) if by_key else x
+
+    some, every = unite(table.some, jnp.any), unite(table.every, jnp.all)
+    inner = some.shape[-1]
+    rank = jnp.where(some, jnp.where(every, 0, inner), 2 * inner) + jnp.arange(inner, dtype=jnp.int32)
+    count = lambda x: x.sum(-1, dtype=jnp.int32)
+    return Visits(jnp.sort(rank, -1).astype(jnp.int32) % inner, count(some & every), count(some))
+
+
 class Listed(NamedTuple):
     """The tile table at some key blocks of each query block; elsewhere no pair is allowed.
 

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_tile
+from pallas_kernels.compat import results_like
 from pallas_kernels.tile import accumulator_dtype
 
 VMEM = 48 * 2**20  # bytes of on-chip memory a kernel may have; the smallest chips have 64 MiB
@@ -202,15 +203,13 @@ def _call(kernel, plan, name, inputs, in_specs, outputs, out_specs, scratch=()):
     written, out_tree = jax.tree.flatten(outputs)
     kept, scratch_tree = jax.tree.flatten((scratch,) if scratch else ())
     query = read[0]
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in read))  # over the axes of a shard_map around this
-    per_device = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)} if varying else {}
 
     def body(*refs):
         trees = zip((in_tree, out_tree, scratch_tree), (refs[: len(read)], refs[len(read): len(refs) - len(kept)], refs[len(refs) - len(kept):]))
         kernel(*(x for tree, part in trees for x in jax.tree.unflatten(tree, part)))
 
     results = pl.pallas_call(
-        body, [jax.ShapeDtypeStruct(x.shape, x.dtype, **per_device) for x in written],
+        body, results_like(written, read),
         grid=(*query.shape[:2], query.shape[3] // plan.slab),
         in_specs=jax.tree.leaves(in_specs), out_specs=jax.tree.leaves(out_specs), scratch_shapes=kept,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),

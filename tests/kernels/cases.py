@@ -1,10 +1,14 @@
 """Calls that between them use every kind of part and operand: what each kernel is held against the definition on."""
 
+import functools
+
+import agreement
 import jax
 import jax.numpy as jnp
 
 import attnx
 from attnx import masks, scores, weights
+from attnx.core import fused
 
 BATCH, QUERIES, KEYS, HEADS = 2, 200, 300, 4
 
@@ -57,3 +61,25 @@ CASES = {
 def sizes(**changed):
     """The arguments of :func:`agreement.arrays` that the cases are for."""
     return {**dict(batch=BATCH, queries=QUERIES, keys=KEYS, heads=HEADS, kv_heads=2, size=16, value_size=24), **changed}
+
+
+def assert_transforms(platform, length):
+    """That the kernels of a platform obey shard_map over the batch, vmap over traced documents, remat."""
+    q, k, v, _ = agreement.arrays(jnp.float32, batch=2, queries=length, keys=length, heads=2, kv_heads=1, size=8, value_size=8)
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, length), 0, 3))
+
+    def one(q, k, v, ids, implementation):
+        return attnx.attention(q[None], k[None], v[None], mask=masks.documents(ids), implementation=implementation)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(implementation, *args):
+        def local(q, k, v, ids):
+            return jax.vmap(jax.checkpoint(functools.partial(one, implementation=implementation)))(q, k, v, ids)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("data")
+        # the interpreter of kernels, unlike their compiler, cannot have scalars checked that differ between devices
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.grad(lambda q, k, v: jnp.sum(sharded(q, k, v, ids) ** 2), (0, 1, 2))(*args)
+
+    with fused.forced(platform=platform):
+        agreement.assert_agree(gradient("pallas", q, k, v), gradient("reference", q, k, v), 1e-5)

@@ -5,14 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from tpu_compiler import compile_for, errors
 
 import attnx
 from attnx import masks, scores, weights
 from attnx.core import fused
 from attnx.core.decode import cascade, decode
-
-DEVICE = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 
 
 def shifted(s, at, row, column):
@@ -21,7 +19,7 @@ def shifted(s, at, row, column):
 
 def compile_for_tpu(*, batch=2, tokens=1, heads=8, kv_heads=2, size=128, length=2048, dtype=jnp.bfloat16, cache_dtype=None, page=None, shared=None, **options):
     """The compiled kernel with its surroundings."""
-    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(DEVICE))
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
     cache = array(*((batch, length) if page is None else (batch * length // page + 7, page)), kv_heads, size, dtype=cache_dtype or dtype)
     integers = partial(array, dtype=jnp.int32)
     table = None if page is None else integers(batch, length // page)
@@ -32,8 +30,8 @@ def compile_for_tpu(*, batch=2, tokens=1, heads=8, kv_heads=2, size=128, length=
         return decode(query, cache, cache, lengths, page_table=table, implementation="pallas", **options)
 
     arguments = array(batch, tokens, heads, size), cache, integers(batch), table, None if shared is None else array(shared, kv_heads, size)
-    with jax.default_device(DEVICE), fused.forced(interpret=False):
-        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    with fused.forced(interpret=False):
+        return compile_for("v5e", run, *arguments)
 
 
 def main():
@@ -51,15 +49,9 @@ def main():
         "narrow cache": dict(dtype=jnp.float32, cache_dtype=jnp.bfloat16),
         "cascade": dict(batch=4, shared=1024, return_residual=True),
     }
-    errors = {}
-    for name, options in cases.items():
-        try:
-            compile_for_tpu(**options)
-            errors[name] = None
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:2000]
+    found = errors({name: partial(compile_for_tpu, **options) for name, options in cases.items()})
     sizes = [compile_for_tpu(heads=32, kv_heads=kv_heads, length=8192, page=page).memory_analysis() for kv_heads, page in ((8, None), (8, 16), (2, None))]
-    print(json.dumps({"errors": errors, "temporary": [size.temp_size_in_bytes for size in sizes]}))
+    print(json.dumps({"errors": found, "temporary": [size.temp_size_in_bytes for size in sizes]}))
 
 
 if __name__ == "__main__":

@@ -5,24 +5,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from tpu_compiler import compile_call, errors
 
 import attnx
 from attnx import masks, scores, weights
-from attnx.core import fused, operations
+from attnx.core import fused
 from attnx.core.attention import prepare
-
-DEVICE = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 
 
 def gap(s, at, row, column):
     return s + row - column
-
-
-def run(executor, data, cotangents):
-    """Output and gradients in the layout of the kernels."""
-    result, pull = jax.vjp(partial(operations.output, executor), data)
-    return result, pull(cotangents)
 
 
 def compile_for_tpu(length, **parts):
@@ -30,11 +22,7 @@ def compile_for_tpu(length, **parts):
     q, k = jnp.zeros((1, length, 2, 128), jnp.bfloat16), jnp.zeros((1, length, 1, 128), jnp.bfloat16)
     _, program, data = prepare(q, k, k[..., :64], **parts)
     with fused.forced(interpret=False):
-        executor = fused.choose_fused(program, data, (256, 256))
-    cotangents = jax.eval_shape(partial(operations.output, executor), data)
-    on_device = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(DEVICE)))
-    with jax.default_device(DEVICE):
-        return jax.jit(partial(run, executor)).trace(*on_device((data, cotangents))).lower(lowering_platforms=("tpu",)).compile()
+        return compile_call(fused.choose_fused(program, data, (256, 256)), data)
 
 
 def main():
@@ -50,16 +38,9 @@ def main():
         "entmax, soft cap": dict(weights=weights.entmax15(), scores=scores.soft_cap(jnp.float32(30))),
         "odd lengths, given positions": dict(length=500, mask=masks.causal(), query_positions=jnp.arange(500), key_positions=jnp.arange(500)),
     }
-    errors, temporary = {}, []
-    for name, parts in cases.items():
-        try:
-            compile_for_tpu(parts.pop("length", t), **parts)
-            errors[name] = None
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:2000]
-    for length in (1024, 4096):
-        temporary.append(compile_for_tpu(length, mask=masks.causal()).memory_analysis().temp_size_in_bytes)
-    print(json.dumps({"errors": errors, "temporary": temporary}))
+    found = errors({name: partial(compile_for_tpu, **{"length": t, **parts}) for name, parts in cases.items()})
+    temporary = [compile_for_tpu(length, mask=masks.causal()).memory_analysis().temp_size_in_bytes for length in (1024, 4096)]
+    print(json.dumps({"errors": found, "temporary": temporary}))
 
 
 if __name__ == "__main__":

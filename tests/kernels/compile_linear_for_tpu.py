@@ -5,11 +5,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+from tpu_compiler import compile_gradient, errors
 
 from pallas_kernels import linear
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 def arrays(decay, *, length, groups=1, size=128, value_size=128, normalize=False, dtype=jnp.bfloat16, keys=2, states=2):
@@ -21,26 +19,18 @@ def arrays(decay, *, length, groups=1, size=128, value_size=128, normalize=False
     return tokens, linear.State(like((1, states, size, value_size), jnp.float32), like((1, states, 1, size), jnp.float32) if normalize else None)
 
 
-def compile_for_tpu(device, decay, *, length, **options):
+def compile_for_tpu(chip, decay, *, length, **options):
     """The compiled gradient, and the bytes of states that it keeps."""
     tokens, state = arrays(decay, length=length, **options)
     (b, m, g, t, h), hv = tokens.query.shape, tokens.value.shape[3]
     query, value = jax.ShapeDtypeStruct((b, t, m * g, h), tokens.query.dtype), jax.ShapeDtypeStruct((b, t, m, hv), tokens.value.dtype)
     plan = linear.choose_plan(query, value, m, 128)
 
-    def gradient(tokens, state, cotangents):
-        out, pull = jax.vjp(partial(linear.attend, plan), tokens, state)
-        return out, pull(cotangents)
-
-    inputs = tokens, state, jax.eval_shape(partial(linear.attend, plan), tokens, state)
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device)), inputs)
-    with jax.default_device(device):
-        done = jax.jit(gradient).trace(*inputs).lower(lowering_platforms=("tpu",)).compile()
+    done = compile_gradient(chip, partial(linear.attend, plan), tokens, state)
     return done, t // plan.slab * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def main():
-    devices = {chip: topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0] for chip, name in TOPOLOGIES.items()}
     cases = {
         "no decay, normalised, groups": ("v5e", "none", dict(normalize=True, groups=4)),
         "per head, normalised, groups": ("v5e", "head", dict(normalize=True, groups=2, size=64, value_size=64)),
@@ -49,17 +39,12 @@ def main():
         "per channel on v5p": ("v5p", "channel", {}),
         "per head on v6e": ("v6e", "head", {}),
     }
-    errors, memory = {}, []
-    for name, (chip, decay, options) in cases.items():
-        try:
-            compile_for_tpu(devices[chip], decay, length=512, **options)
-            errors[name] = None
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:2000]
+    found = errors({name: partial(compile_for_tpu, chip, decay, length=512, **options) for name, (chip, decay, options) in cases.items()})
+    memory = []
     for length in (2**13, 2**20):
-        done, states = compile_for_tpu(devices["v5e"], "head", length=length)
+        done, states = compile_for_tpu("v5e", "head", length=length)
         memory.append((done.memory_analysis().temp_size_in_bytes, states))
-    print(json.dumps({"errors": errors, "memory": memory}))
+    print(json.dumps({"errors": found, "memory": memory}))
 
 
 if __name__ == "__main__":

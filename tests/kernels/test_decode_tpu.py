@@ -1,18 +1,13 @@
 """The decode kernel: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
 
 import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from agreement import arrays, assert_agree
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_compiler, report
 
 import attnx
 from attnx import masks, scores, weights
@@ -173,26 +168,12 @@ def test_says_what_it_lacks():
         decode(query.astype(jnp.float16), key.astype(jnp.float16), value.astype(jnp.float16), LENGTHS, implementation="pallas")
 
 
-@functools.cache
-def compiled():
-    """What :mod:`compile_decode_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    script = pathlib.Path(__file__).with_name("compile_decode_for_tpu.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
-
-
 @needs_compiler
 def test_compiles_for_v5e():
-    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+    assert {name: error for name, error in report("compile_decode_for_tpu.py")["errors"].items() if error} == {}
 
 
 @needs_compiler
 def test_reads_the_cache_where_it_lies():
     """Compiled for a TPU it allocates next to nothing besides arguments and results: no copy in another layout, contiguous or in pages."""
-    assert max(compiled()["temporary"]) < 2**19
+    assert max(report("compile_decode_for_tpu.py")["temporary"]) < 2**19

@@ -1,20 +1,19 @@
 """The fused GPU kernels: interpreted against the definition, and lowered for an H200 where there is none."""
 
-import functools
 
 import agreement
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, features, normal, sizes
+from cases import CASES, assert_transforms, features, normal, sizes
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import attnx
 from attnx import masks, scores, weights
 from attnx.core import fused
-from pallas_kernels.flash.gpu_launch import visits
 from pallas_kernels.flash.gpu_quick import quickened
+from pallas_kernels.flash.schedule import visits
 from pallas_kernels.flash.tiles import TABLE
 from pallas_kernels.parts import Cover, Similarity, part
 
@@ -46,25 +45,7 @@ def test_rows_and_blocks_without_a_key():
 
 
 def test_transformations():
-    """shard_map over the batch, vmap over traced documents, remat."""
-    q, k, v, _ = agreement.arrays(jnp.float32, batch=2, queries=50, keys=50, heads=2, kv_heads=1, size=8, value_size=8)
-    ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 50), 0, 3))
-
-    def one(q, k, v, ids, implementation):
-        return attnx.attention(q[None], k[None], v[None], mask=masks.documents(ids), implementation=implementation)[0]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient(implementation, *args):
-        def local(q, k, v, ids):
-            return jax.vmap(jax.checkpoint(functools.partial(one, implementation=implementation)))(q, k, v, ids)
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        spec = jax.sharding.PartitionSpec("data")
-        # the interpreter of kernels, unlike their compiler, cannot have scalars checked that differ between devices
-        sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return jax.grad(lambda q, k, v: jnp.sum(sharded(q, k, v, ids) ** 2), (0, 1, 2))(*args)
-
-    with fused.forced(platform="gpu"):
-        agreement.assert_agree(gradient("pallas", q, k, v), gradient("reference", q, k, v), 1e-5)
+    assert_transforms("gpu", 50)
 
 
 @pytest.mark.parametrize("by_key", [False, True])

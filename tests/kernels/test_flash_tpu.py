@@ -1,20 +1,14 @@
 """The fused TPU kernels: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
 
-import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import agreement
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, normal, sizes
+from cases import CASES, assert_transforms, normal, sizes
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_compiler, report
 
 import attnx
 from attnx import masks, scores
@@ -51,25 +45,7 @@ def test_simulated_core_has_no_races(capfd):
 
 
 def test_transformations():
-    """shard_map over the batch, vmap over traced documents, remat."""
-    q, k, v, _ = agreement.arrays(jnp.float32, batch=2, queries=130, keys=130, heads=2, kv_heads=1, size=8, value_size=8)
-    ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 130), 0, 3))
-
-    def one(q, k, v, ids, implementation):
-        return attnx.attention(q[None], k[None], v[None], mask=masks.documents(ids), implementation=implementation)[0]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient(implementation, *args):
-        def local(q, k, v, ids):
-            return jax.vmap(jax.checkpoint(functools.partial(one, implementation=implementation)))(q, k, v, ids)
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        spec = jax.sharding.PartitionSpec("data")
-        # the interpreter of kernels, unlike their compiler, cannot have scalars checked that differ between devices
-        sharded = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return jax.grad(lambda q, k, v: jnp.sum(sharded(q, k, v, ids) ** 2), (0, 1, 2))(*args)
-
-    with fused.forced():
-        agreement.assert_agree(gradient("pallas", q, k, v), gradient("reference", q, k, v), 1e-5)
+    assert_transforms("tpu", 130)
 
 
 @pytest.mark.parametrize("by_key", [False, True])
@@ -102,27 +78,13 @@ def test_says_what_it_lacks():
         attnx.attention(x, x, x, implementation="pallas", scores=scores.t5_bias(jnp.zeros((32, 1))), query_positions=jnp.arange(4))
 
 
-@functools.cache
-def compiled():
-    """What :mod:`compile_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    script = pathlib.Path(__file__).with_name("compile_for_tpu.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
-
-
 @needs_compiler
 def test_compiles_for_v5e():
-    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+    assert {name: error for name, error in report("compile_for_tpu.py")["errors"].items() if error} == {}
 
 
 @needs_compiler
 def test_no_memory_beyond_results_and_residuals():
     """What the compiled gradient allocates besides arguments and results does not grow with the sequence."""
-    short, long = compiled()["temporary"]
+    short, long = report("compile_for_tpu.py")["temporary"]
     assert long <= short <= 2**19

@@ -1,12 +1,6 @@
 """The recurrent engine's TPU kernels: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
 
 import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import agreement
 import jax
@@ -14,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_compiler, report
 
 from attnx.core import fused
 from attnx.core.linear import LinearState, linear_attention
@@ -170,27 +165,13 @@ def test_says_what_it_lacks():
 # Compiled -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled():
-    """What :mod:`compile_linear_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    script = pathlib.Path(__file__).with_name("compile_linear_for_tpu.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
-
-
 @needs_compiler
 def test_compiles_for_tpus():
-    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+    assert {name: error for name, error in report("compile_linear_for_tpu.py")["errors"].items() if error} == {}
 
 
 @needs_compiler
 def test_no_memory_beyond_results_and_residuals():
     """The gradient allocates, besides arguments and results, one state for each slab."""
-    for temporary, states in compiled()["memory"]:
+    for temporary, states in report("compile_linear_for_tpu.py")["memory"]:
         assert temporary <= states + 2**16

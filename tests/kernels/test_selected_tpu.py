@@ -1,12 +1,6 @@
 """The kernels of the selected engine: interpreted against the definition, simulated with race detection, and compiled for a real TPU."""
 
 import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import agreement
 import jax
@@ -16,6 +10,7 @@ import pytest
 from cases import columns, documents, normal
 from cases import sizes as case_sizes
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_compiler, report
 
 from attnx import masks, scores, weights
 from attnx.core import fused, selected_fused
@@ -164,27 +159,13 @@ def test_says_what_it_lacks():
         call(block_sizes=(16, 16), scores=scores.t5_bias(jnp.zeros((32, 1))), query_positions=jnp.arange(16))
 
 
-@functools.cache
-def compiled():
-    """What :mod:`compile_selected_for_tpu` reports, from a process of its own: the TPU compiler wants its environment set before it is loaded."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-                   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    script = pathlib.Path(__file__).with_name("compile_selected_for_tpu.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (pip install libtpu) is not installed")
-
-
 @needs_compiler
 def test_compiles_for_v5e():
-    assert {name: error for name, error in compiled()["errors"].items() if error} == {}
+    assert {name: error for name, error in report("compile_selected_for_tpu.py")["errors"].items() if error} == {}
 
 
 @needs_compiler
 def test_no_memory_beyond_results_and_residuals():
     """What the compiled gradient allocates besides arguments and results does not grow with the sequence."""
-    short, long = compiled()["temporary"]
+    short, long = report("compile_selected_for_tpu.py")["temporary"]
     assert long <= short <= 2**20
