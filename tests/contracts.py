@@ -42,6 +42,8 @@ class Subject:
         left_out = {*(() if first else HEAVY), *(() if self.pattern == "causal self" else (STEP,))}
         self.executions = tuple(name for name in example.executions if name not in left_out)
         self.definition = self.executions[0]
+        self._jitted = functools.cache(self._jit)
+        self._jitted_gradient = functools.cache(self._jit_gradient)
 
     def arrays(self, dtype=jnp.float64, seed=0, **sizes):
         """Inputs; all may be seen unless a contract says otherwise."""
@@ -64,12 +66,10 @@ class Subject:
         """The call itself."""
         return self.example.call(Case(self.pattern, execution), **inputs)
 
-    @functools.cache
-    def _jitted(self, execution):
+    def _jit(self, execution):
         return jax.jit(functools.partial(self.call, execution))
 
-    @functools.cache
-    def _jitted_gradient(self, execution):
+    def _jit_gradient(self, execution):
         def loss(real, rest, seed):
             out = self.call(execution, _join(real, rest))
             return jnp.vdot(out, jax.random.normal(jax.random.key(seed), out.shape, out.dtype)), out

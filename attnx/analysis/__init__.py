@@ -1,5 +1,7 @@
 """Reading attention: what a model's heads do."""
 
-from attnx.analysis.sinks import activation_kurtosis, sink_rate, sparsity
+from attnx import lazy
 
-__all__ = ["activation_kurtosis", "sink_rate", "sparsity"]
+_LAZY = {"sinks": ("activation_kurtosis", "sink_rate", "sparsity")}
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY)
+__all__ = [name for names in _LAZY.values() for name in names]

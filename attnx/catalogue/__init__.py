@@ -4,7 +4,7 @@
 """
 
 from attnx.catalogue.entry import PATTERNS, SEEN, Case, Entry, Example, Input, stream
-from attnx.catalogue.papers import Paper, paper, papers
 from attnx.catalogue.lookup import cite, entries, entry
+from attnx.catalogue.papers import Paper, paper, papers
 
 __all__ = ["PATTERNS", "SEEN", "Case", "Entry", "Example", "Input", "Paper", "cite", "entries", "entry", "paper", "papers", "stream"]

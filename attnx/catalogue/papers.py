@@ -43,7 +43,12 @@ class Paper:
     def reference(self) -> str:
         """One line: authors, title, year and where to find it."""
         first = ", ".join(self.authors[:3]) + (" et al." if len(self.authors) > 3 else "")
-        return f'{first}: "{self.title}" ({", ".join(filter(None, (self.venue or str(self.year), self.arxiv and f"arXiv {self.arxiv}")))})'
+        return f'{first}: "{self.title}" ({self.source})'
+
+    @property
+    def source(self) -> str:
+        """Where it appeared, or when, and its arXiv id."""
+        return ", ".join(filter(None, (self.venue or str(self.year), self.arxiv and f"arXiv {self.arxiv}")))
 
     @property
     def bibtex(self) -> str:
