@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnx.nn.record import Tape, join
+
 
 class Stack(nnx.Module):
     """``num_layers`` blocks in sequence, evaluated by a scan over stacked parameters.
@@ -75,7 +77,7 @@ class Stack(nnx.Module):
             return x, None
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_groups)
-        return self._scan(body, x, keys, self.unroll, self.remat)[0]
+        return self._scan(body, x, keys, inputs.get("hooks"), self.unroll, self.remat)[0]
 
     def init_state(self, batch: int, max_length: int, **inputs) -> tuple[Any, ...]:
         """The states of all blocks, stacked like the parameters; ``inputs`` (context, dtype, ...) as for a block's ``init_state``."""
@@ -92,18 +94,28 @@ class Stack(nnx.Module):
                 after.append(state)
             return x, tuple(after)
 
-        x, state = self._scan(body, x, state)
+        x, state = self._scan(body, x, state, inputs.get("hooks"))
         return state, x
 
-    def _scan(self, body, x, rows, unroll=1, remat=None):
-        """Folds ``body(x, [(layer, block), ...], row) -> (x, out)`` over the groups."""
+    def _scan(self, body, x, rows, hooks, unroll=1, remat=None):
+        """Folds ``body(x, [(layer, block), ...], row) -> (x, out)`` over the groups; what hooks put on tape comes out of the scan."""
         graphdef, params = nnx.split(self.blocks)
+        tapes = [hook for hook in (hooks or {}).values() if isinstance(hook, Tape)]
 
         def one(x, row):
             group, params, row = row
             blocks = nnx.merge(graphdef, params)
-            return body(x, [(group * len(blocks) + i, block) for i, block in enumerate(blocks)], row)
+            before = [tape.take() for tape in tapes]
+            x, out = body(x, [(group * len(blocks) + i, block) for i, block in enumerate(blocks)], row)
+            kept = [join(tape.take()) for tape in tapes]
+            for tape, earlier in zip(tapes, before):
+                tape.kept = earlier
+            return x, (out, kept)
 
         if remat is not None:
             one = jax.checkpoint(one, policy=remat, prevent_cse=False)
-        return jax.lax.scan(one, x, (jnp.arange(self.num_groups), params, rows), unroll=unroll)
+        x, (out, kept) = jax.lax.scan(one, x, (jnp.arange(self.num_groups), params, rows), unroll=unroll)
+        for tape, values in zip(tapes, kept):
+            if values is not None:
+                tape.kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values))
+        return x, out
