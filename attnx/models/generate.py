@@ -11,7 +11,9 @@ from jaxtyping import Array, Int
 from attnx.models.decoder import Decoder
 from attnx.nn.hooks import Hooks
 
-_READ_AT_ONCE = 128, 16, 1  # tokens of a prompt: few sizes, so that few programs are compiled for prompts of all lengths
+# Few sizes, so that few programs are compiled for prompts and continuations of all lengths:
+_READ_AT_ONCE = 128, 16, 1  # tokens of a prompt
+_ROOM = 256  # of whose multiples is the cache's length
 
 
 def generate(model: Decoder, tokens: Int[Array, "B t"], length: int, *, temperature: float = 1.0, top_k: int | None = None, key: Array | None = None,
@@ -63,7 +65,7 @@ def _generate(model, tokens, length, temperature, top_k, key, hooks):
     graph, params = nnx.split(model)
     read = functools.partial(_step, graph, hooks, top_k)
     start, end = 0, tokens.shape[1]
-    state = model.init_state(tokens.shape[0], end + length)
+    state = model.init_state(tokens.shape[0], -(-(end + length) // _ROOM) * _ROOM)
     while start < end and length:
         size = next(size for size in _READ_AT_ONCE if size <= end - start)
         state, chosen = read(params, state, tokens[:, start:start + size], temperature, key)

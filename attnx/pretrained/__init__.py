@@ -20,6 +20,6 @@ Any mechanism takes the place of the one that the checkpoint was trained with, i
 
 from attnx.pretrained.load import load
 from attnx.pretrained.model import Pretrained
-from attnx.pretrained.sources import PACKAGED, Packaged, PretrainedError, fetch, find
+from attnx.pretrained.sources import HUB, PACKAGED, Packaged, PretrainedError, fetch, find
 
-__all__ = ["PACKAGED", "Packaged", "Pretrained", "PretrainedError", "fetch", "find", "load"]
+__all__ = ["HUB", "PACKAGED", "Packaged", "Pretrained", "PretrainedError", "fetch", "find", "load"]

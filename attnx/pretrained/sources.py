@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 HUB = "hf://"
+"""What the names of models on the Hugging Face hub begin with."""
 
 
 class PretrainedError(Exception):
