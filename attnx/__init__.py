@@ -1,6 +1,7 @@
 """attnx: attention mechanisms as pure JAX functions, on engines that make them fast and long."""
 
 from attnx import masks, scores, weights
+from attnx.catalogue import cite
 from attnx.core.attention import attention, ring_attention
 from attnx.core.decode import cascade, decode
 from attnx.core.edges import edge_attention
@@ -13,6 +14,6 @@ from pallas_kernels.parts import At, Operand
 
 __version__ = "0.1.0"
 
-__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "cascade", "decode", "dot_product_attention",
+__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "cascade", "cite", "decode", "dot_product_attention",
            "edge_attention", "linear_attention", "masks", "merge", "pairs", "recurrent", "ring_attention", "row_statistics", "scores", "selected_attention",
            "weights"]

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from attnx import training
 from attnx.cli import UsageError
+from experiments.comparison import draw, printable, table
 from experiments.mechanisms import MECHANISMS
 from experiments.ngrams import ngram_bits
 from experiments.options import parse
 from experiments.progress import Meter
-from experiments.report import draw, printable, table
 from experiments.run import Recipe, Run, claim
 
 LONGER = 4  # times the training length, at which models are evaluated too

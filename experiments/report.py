@@ -1,107 +1,99 @@
-"""Tables and figures of the comparison."""
+"""Puts every claim to the test that has changed since it last was, and writes the results as one page."""
 
-import contextlib
-import math
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from rich import box
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from attnx import catalogue
+from attnx.cli import UsageError
+from experiments import evidence
+from experiments.claim import cells_of, show, test
+from experiments.markdown import table
+from experiments.options import parse
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """What the mechanisms reached, and what n-gram models do."""
-    length = summary["options"]["length"]
-    longer = len(summary["mechanisms"][0]["by_position"])
-    result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
-                   box=box.SIMPLE, padding=(0, 0, 0, 1))
-    result.add_column("", no_wrap=True)
-    for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
-                    f"state at\n{longer}"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in summary["ngrams"]:
-        result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
-    for row in summary["mechanisms"]:
-        result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]), f"{row['tokens_per_second']:,.0f}",
-                       _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]))
-    return result
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Tests the claims whose code has changed since they were last tested, one after another, and writes experiments/RESULTS.md.
+
+    Stopped and called again, it goes on where it was.
+    """
+
+    ids: tuple[str, ...] = ()
+    """Papers to test; by default all whose claims are tested here."""
+    list: bool = False
+    """Only show which claims are tested here, their verdicts, and which would be run."""
+    write: bool = False
+    """Only write the page, from what is recorded."""
+    smoke: bool = False
+    """The same code in seconds, with meaningless results, in runs/smoke-claims."""
 
 
-def printable(text: str) -> str:
-    """Text from a model, safe to show on a terminal and in rich's markup."""
-    return escape("".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text))
+def main(program: str, arguments: Sequence[str]) -> int:
+    """The command ``report``."""
+    options, console = parse(Options, program, arguments), Console()
+    ids = options.ids or tuple(evidence.known())
+    if options.list:
+        for id in ids:
+            console.print(f"{id:40} {status(id)}", highlight=False)
+        return 0
+    out = Path("runs/smoke-claims") if options.smoke else evidence.RESULTS
+    failed = []
+    for id in () if options.write else ids:
+        claim, record = evidence.load(id), evidence.read(id, out)
+        if record and "verdict" in record and record["smoke"] == options.smoke and record["fingerprint"] == evidence.fingerprint(claim):
+            continue
+        console.rule(escape(id), style="dim")
+        try:
+            show(claim, test(claim, out, console, smoke=options.smoke, seeds=1 if options.smoke else claim.seeds), console)
+        except Exception:  # the other claims are to be tested all the same
+            console.print_exception(show_locals=False)
+            failed.append(id)
+    if not options.smoke:
+        page = Path(__file__).parent / "RESULTS.md"
+        page.write_text(results(), encoding="utf-8")
+        console.print(f"Written to {page}", highlight=False)
+    if failed:
+        raise UsageError(f"could not be tested: {', '.join(failed)}")
+    return 0
 
 
-def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """A figure of training (left) and of held-out cost by position in the text (right)."""
-    with _figure(file, 2) as (left, right):
-        _curves(left, records)
-        for row in summary["mechanisms"]:
-            position, cost = _by_octave(np.array(row["by_position"]))
-            right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
-                                                         f"{row['longer']['bits_per_byte']:.3f}")
-        for row in summary["ngrams"]:
-            right.axhline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
-            right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
-        right.axvline(summary["options"]["length"], color="grey", linewidth=0.8)
-        right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
+def status(id: str) -> str:
+    """The verdict on record, and whether it is still that of the code."""
+    record = evidence.read(id)
+    if record is None or "verdict" not in record:
+        return "not yet tested"
+    return record["verdict"] + ("" if record["fingerprint"] == evidence.fingerprint(evidence.load(id)) else " (of earlier code; would be run)")
 
 
-def draw_training(name: str, records: list[dict[str, float]], file: Path) -> None:
-    """A figure of training so far."""
-    with _figure(file, 1) as axes:
-        _curves(axes, {name: records})
+def results() -> str:
+    """The page."""
+    recorded = {id: record for id in evidence.known() if (record := evidence.read(id)) and "verdict" in record}
+    counts = {verdict: sum(record["verdict"] == verdict for record in recorded.values()) for verdict in evidence.VERDICTS}
+    rule = " ".join((evidence.__doc__ or "").split("\n\n", 1)[1].split("\n\n    ")[0].split())
+    lines = ["# What the papers claim, put to the test", "",
+             "Written by `python -m experiments report` from the records in `experiments/results`. Each section's experiment is `python -m experiments claim ID`.", "",
+             f"{rule} `mean ± t · standard error`, t the 97.5% quantile of Student's distribution. A criterion is *held* if that interval has nothing below zero, "
+             "*refuted* if it lies wholly below zero, *inconclusive* otherwise; a claim is refuted if one of its criteria is, held if all are.", "",
+             "These are experiments of minutes on a laptop, not the papers': a refuted claim is refuted at this size, and a held one is held at this size.", "",
+             ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".", ""]
+    lines += table(("paper", "verdict", "criteria", "seeds", "time"), [
+        (f"[{id}](#{id})", record["verdict"], f"{sum(f['verdict'] == 'held' for f in record['findings'])} of {len(record['findings'])} held",
+         str(len(record["seeds"])), f"{record['seconds']:.0f} s") for id, record in recorded.items()], left=2)
+    for id, record in recorded.items():
+        lines += ["", *section(evidence.load(id), record)]
+    return "\n".join(lines) + "\n"
 
 
-@contextlib.contextmanager
-def _figure(file, panels):
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained")
-    yield axes
-    for panel in np.ravel(axes):
-        panel.legend(frameon=False, fontsize="small")
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
-def _curves(axes, records):
-    """Bits per byte of training batches, smoothed."""
-    height = 0.0
-    for name, run in records.items():
-        losses = np.array([record["loss"] for record in run]) / math.log(2)
-        step, smooth = _smooth(losses, max(len(losses) // 40, 1))
-        axes.plot(step, smooth, label=name)
-        height = max(height, 1.1 * smooth[len(smooth) // 20:].max())  # the fall of the first steps would flatten the rest
-    axes.set(title="training", xlabel="step", ylabel="bits per byte")
-    axes.set_ylim(top=height)
-
-
-def _smooth(values, width):
-    """Means of ``width`` values and the steps at which they end."""
-    whole = len(values) // width * width
-    return np.arange(width, whole + 1, width), values[:whole].reshape(-1, width).mean(axis=1)
-
-
-def _by_octave(values):
-    """Means over positions 1, 2, 3-4, 5-8, ... and where each ends."""
-    edges = np.unique(np.minimum(2 ** np.arange(int(np.ceil(np.log2(len(values)))) + 1), len(values)))
-    starts = np.concatenate([[0], edges[:-1]])
-    return edges, np.array([values[start:end].mean() for start, end in zip(starts, edges)])
-
-
-def _spread(row):
-    return f"{row['bits_per_byte']:.3f} ± {row['spread']:.2f}"
-
-
-def _bytes(count):
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
+def section(claim: evidence.Claim, record: dict) -> list[str]:
+    """What the page says of a claim."""
+    environment = record["environment"]
+    lines = [f"## {claim.id}", "", f"{catalogue.paper(claim.id).reference}: **{record['verdict']}**.", "", claim.statement, "",
+             *table(claim.table[0], [(title, *cells) for title, cells in cells_of(claim, record)]), "",
+             *table(("criterion", "margin", "interval", "verdict"), [
+                 (f["text"], f"{f['mean']:.3g}", f"{f['low']:.3g} to {f['high']:.3g}", f["verdict"]) for f in record["findings"]])]
+    return [*lines, "", f"![{claim.id}](results/{claim.id}.png)", "",
+            f"{len(record['seeds'])} seeds, {record['seconds']:.0f} s on {environment['cores']} cores ({environment['backend']}), jax {environment['jax']}."]

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from attnx import training
 from attnx.cli import UsageError
+from experiments.comparison import draw_training
 from experiments.options import parse
 from experiments.progress import Meter
-from experiments.report import draw_training
 from experiments.run import Recipe, Run
 
 

@@ -7,9 +7,9 @@ from attnx.nn.common import constrain, logical_axes
 from attnx.nn.embedding import Embedding
 from attnx.nn.frozen import Constant
 from attnx.nn.mlp import MLP
-from attnx.nn.norms import make_norm
+from attnx.nn.norms import HeadNorm, make_norm
 from attnx.nn.record import record
 from attnx.nn.stack import Stack
 
-__all__ = ["Attention", "Constant", "CrossState", "Embedding", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
            "logical_axes", "make_norm", "record"]

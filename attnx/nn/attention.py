@@ -37,7 +37,7 @@ class Attention(nnx.Module):
     ::
 
         q, k, v = x W_q, c W_k, c W_v                                      c: the context, or x itself
-        out     = sum over heads n of  (gate(x) * mechanism(position(norm(q), norm(k)), v))_n W_o,n
+        out     = sum over heads n of  (gate(x) * norm(mechanism(position(norm(q), norm(k)), v)))_n W_o,n
 
     Self-attention where the call is given no context, cross-attention where it is; causal or not as the mechanism is. Costs
     O(T D (N + K) H) and what the mechanism costs.
@@ -60,6 +60,7 @@ class Attention(nnx.Module):
       out_features: size of the output; by default D.
       position: a transform ``(query, key, query_positions, key_positions) -> (query, key)``, e.g. ``attnx.positions.Rotary()``.
       qk_norm: norm of each head's queries and keys, before the positions: 'rms', 'layer', a constructor, or None.
+      output_norm: norm of what each head found, before the gate: as ``qk_norm``.
       output_gate: 'head' or 'channel': the outputs are multiplied by ``sigmoid(x W_g)``, one gate a head or a channel.
       use_bias: whether the projections have biases.
       dtype: of the computation; by default inferred from inputs and parameters.
@@ -90,7 +91,8 @@ class Attention(nnx.Module):
     def __init__(self, features: int, num_heads: int, *, mechanism: Mechanism | Callable[..., Mechanism], head_size: int | None = None,
                  value_size: int | None = None, num_kv_heads: int | None = None, context_features: int | None = None,
                  out_features: int | None = None, position: Callable | None = None, qk_norm: str | Callable[..., nnx.Module] | None = None,
-                 output_gate: str | None = None, use_bias: bool = False, dtype=None, param_dtype=jnp.float32, precision=None,
+                 output_norm: str | Callable[..., nnx.Module] | None = None, output_gate: str | None = None, use_bias: bool = False,
+                 dtype=None, param_dtype=jnp.float32, precision=None,
                  kernel_init=nnx.initializers.lecun_normal(), bias_init=nnx.initializers.zeros_init(), out_kernel_init=None,
                  rngs: nnx.Rngs):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -117,10 +119,12 @@ class Attention(nnx.Module):
         self.value = project(self.context_features, (num_kv_heads, value_size), ("embed", *kv), kv)
         self.out = project((num_heads, value_size), out_features or features, ("heads", "head_size", "embed"), ("embed",),
                            init=out_kernel_init or kernel_init, contract=(-2, -1))
-        self.query_norm = self.key_norm = self.gate = nnx.data(None)
+        self.query_norm = self.key_norm = self.output_norm = self.gate = nnx.data(None)
+        norm = dict(axis="head_size", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if qk_norm is not None:
-            norm = dict(axis="head_size", dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             self.query_norm, self.key_norm = make_norm(qk_norm, head_size, **norm), make_norm(qk_norm, head_size, **norm)
+        if output_norm is not None:
+            self.output_norm = make_norm(output_norm, value_size, **norm)
         if output_gate is not None:
             if output_gate not in ("head", "channel"):
                 raise ValueError(f"output_gate: expected 'head', 'channel' or None, got {output_gate!r}")
@@ -132,6 +136,10 @@ class Attention(nnx.Module):
                                 f"got {type(mechanism).__name__} {mechanism!r}")
             mechanism = mechanism(rngs=rngs)
         self.mechanism, self.position = hold(mechanism), hold(position)
+
+    def extras(self, x: Float[Array, "B T D"]) -> dict[str, Array]:
+        """What else the mechanism is handed, by name, made of the input: nothing here. Subclasses say (gates, decays, ...)."""
+        return {}
 
     def __call__(self, x: Float[Array, "B T D"], context: Float[Array, "B S E"] | None = None, *, positions: Int[Array, "*B T"] | None = None,
                  context_positions: Int[Array, "*B S"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
@@ -163,7 +171,7 @@ class Attention(nnx.Module):
         query, key, value, at = self._prepare(hooks, self._query(x), *self._key_value(context), positions, context_positions)
         mechanism = release(self.mechanism)
         out = mechanism(query, key, value, query_positions=positions, key_positions=context_positions,
-                        segment_ids=segment_ids, dropout_key=dropout_key, **pair_hooks(mechanism, hooks))
+                        segment_ids=segment_ids, dropout_key=dropout_key, **self.extras(x), **pair_hooks(mechanism, hooks))
         return self._finish(hooks, out, at, x)
 
     def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S E"] | None = None,
@@ -199,14 +207,15 @@ class Attention(nnx.Module):
           ``(state, [B, t, out_features])``.
         """
         hooks, mechanism = bind_hooks(hooks, layer), release(self.mechanism)
-        handed = pair_hooks(mechanism, hooks)
+        handed = self.extras(x) | pair_hooks(mechanism, hooks)
         query = self._query(x)
         positions = state.position + jnp.arange(x.shape[1], dtype=jnp.int32)
         if isinstance(state, CrossState):
             query, key, value, at = self._prepare(hooks, query, state.key, state.value, positions, state.key_positions)
             out = mechanism(query, key, value, query_positions=positions, key_positions=state.key_positions, **handed)
         else:
-            query, key, value, at = self._prepare(hooks, query, *self._key_value(x), positions, positions)
+            state, key, value = self._next_key_value(state, x)
+            query, key, value, at = self._prepare(hooks, query, key, value, positions, positions)
             inner, out = mechanism.step(state.mechanism, query, key, value, **handed)
             state = state._replace(mechanism=inner)
         return state._replace(position=state.position + x.shape[1]), self._finish(hooks, out, at, x)
@@ -220,6 +229,10 @@ class Attention(nnx.Module):
         check_sequence("context", context, self.context_features)
         key, value = self._heads(self.key, context, "kv_heads"), self._heads(self.value, context, "kv_heads")
         return key if self.key_norm is None else self.key_norm(key), value
+
+    def _next_key_value(self, state, x):
+        """Keys and values of the next tokens of self-attention, which may depend on what the state remembers."""
+        return state, *self._key_value(x)
 
     def _heads(self, project, x, axis):
         heads = project(rows(x))
@@ -236,6 +249,8 @@ class Attention(nnx.Module):
     def _finish(self, hooks, out, at, x):
         if "output" in hooks:
             out = hooks["output"](out, at)
+        if self.output_norm is not None:
+            out = self.output_norm(out)
         if self.gate is not None:
             out = out * jax.nn.sigmoid(self._heads(self.gate, x, "heads"))
         out = self.out(rows(out))

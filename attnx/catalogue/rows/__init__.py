@@ -1,0 +1,1 @@
+"""The finished rows, a file a paper, named by its id."""

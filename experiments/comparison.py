@@ -1,0 +1,107 @@
+"""Tables and figures of the comparison."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """What the mechanisms reached, and what n-gram models do."""
+    length = summary["options"]["length"]
+    longer = len(summary["mechanisms"][0]["by_position"])
+    result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
+                   box=box.SIMPLE, padding=(0, 0, 0, 1))
+    result.add_column("", no_wrap=True)
+    for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
+                    f"state at\n{longer}"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in summary["ngrams"]:
+        result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
+    for row in summary["mechanisms"]:
+        result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]), f"{row['tokens_per_second']:,.0f}",
+                       _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]))
+    return result
+
+
+def printable(text: str) -> str:
+    """Text from a model, safe to show on a terminal and in rich's markup."""
+    return escape("".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text))
+
+
+def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], file: Path) -> None:
+    """A figure of training (left) and of held-out cost by position in the text (right)."""
+    with _figure(file, 2) as (left, right):
+        _curves(left, records)
+        for row in summary["mechanisms"]:
+            position, cost = _by_octave(np.array(row["by_position"]))
+            right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
+                                                         f"{row['longer']['bits_per_byte']:.3f}")
+        for row in summary["ngrams"]:
+            right.axhline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
+            right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
+        right.axvline(summary["options"]["length"], color="grey", linewidth=0.8)
+        right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
+
+
+def draw_training(name: str, records: list[dict[str, float]], file: Path) -> None:
+    """A figure of training so far."""
+    with _figure(file, 1) as axes:
+        _curves(axes, {name: records})
+
+
+@contextlib.contextmanager
+def _figure(file, panels):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained")
+    yield axes
+    for panel in np.ravel(axes):
+        panel.legend(frameon=False, fontsize="small")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _curves(axes, records):
+    """Bits per byte of training batches, smoothed."""
+    height = 0.0
+    for name, run in records.items():
+        losses = np.array([record["loss"] for record in run]) / math.log(2)
+        step, smooth = _smooth(losses, max(len(losses) // 40, 1))
+        axes.plot(step, smooth, label=name)
+        height = max(height, 1.1 * smooth[len(smooth) // 20:].max())  # the fall of the first steps would flatten the rest
+    axes.set(title="training", xlabel="step", ylabel="bits per byte")
+    axes.set_ylim(top=height)
+
+
+def _smooth(values, width):
+    """Means of ``width`` values and the steps at which they end."""
+    whole = len(values) // width * width
+    return np.arange(width, whole + 1, width), values[:whole].reshape(-1, width).mean(axis=1)
+
+
+def _by_octave(values):
+    """Means over positions 1, 2, 3-4, 5-8, ... and where each ends."""
+    edges = np.unique(np.minimum(2 ** np.arange(int(np.ceil(np.log2(len(values)))) + 1), len(values)))
+    starts = np.concatenate([[0], edges[:-1]])
+    return edges, np.array([values[start:end].mean() for start, end in zip(starts, edges)])
+
+
+def _spread(row):
+    return f"{row['bits_per_byte']:.3f} ± {row['spread']:.2f}"
+
+
+def _bytes(count):
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000

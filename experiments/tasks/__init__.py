@@ -1,0 +1,1 @@
+"""Data and metrics that experiments share, a file a task."""
