@@ -275,9 +275,9 @@ def mask_respect(subject):
     name = subject.example.mask
     if not name:
         return
-    letter = subject.example.axes(name)[1]
+    letter = subject.example.axes(name)[-1]
     inputs = subject.arrays()
-    length = inputs[name].shape[1]
+    length = inputs[name].shape[-1]
     seen = jnp.arange(length) < max(length - 3, 1)
     inputs[name] = jnp.broadcast_to(seen, inputs[name].shape)
     axes = subject.example.output
@@ -332,7 +332,7 @@ def check(example: Example, pattern: str | None):
     """
     subject = Subject(example, pattern)
     with jax.enable_x64(True):
-        for contract in CONTRACTS if pattern in (None, example.patterns[0]) else OF_PATTERNS:
+        for contract in CONTRACTS if pattern == (example.patterns or (None,))[0] else OF_PATTERNS:
             try:
                 contract(subject)
             except Broken as broken:

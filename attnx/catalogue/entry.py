@@ -79,7 +79,7 @@ class Example:
       patterns: those of :data:`PATTERNS` that the call serves; empty for what has no queries and keys.
       executions: the ways of computing it that agree to rounding, the definition first: 'reference', 'blockwise', 'pallas', 'ring', 'gathered', 'chunked',
         'recurrent', 'step' ... .
-      mask: the name of the boolean input, [b, s] or [b, t], that says what may be seen.
+      mask: the name of the boolean input, [b, s], [b, t] or along an axis of the example's own, that says what may be seen.
       empty: what is found where nothing may be seen: 'zero', or 'finite' (whatever the mechanism says, but no NaN).
       linear: axes in which the cost is linear, for the benchmarks ("t").
       sizes: of axes, where :data:`SIZES` does not say or does not fit.
