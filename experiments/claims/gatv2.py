@@ -2,9 +2,9 @@
 which moves the non-linearity inside the score, fits it with one head, and is more robust to wrong edges.
 
 Here: dictionary look-up (n entries, each a key with a value, and n questions; 32000 of the permutations that say which value a key has, a fifth of them held
-out) with one layer of width 64, a residual and a layer norm, 800 steps of 64 graphs. Accuracy is over questions, on permutations trained on and held out. GAT has
-one head or eight. Besides, nodes of a stochastic block model are classified from noisy features by two layers, without and with 30% of the edges
-replaced by random ones. The claim holds if one head of GATv2 reaches 99% on trained and 95% on held-out permutations of 8, GAT with eight heads stays below 70% on
+out) with one layer of width 64, a residual and a layer norm, 800 steps of 64 graphs. Accuracy is over questions, on permutations trained on and held out. GAT
+has one head or eight. Besides, nodes of a stochastic block model are classified from noisy features by two layers, without and with 30% of the edges replaced
+by random ones. The claim holds if one head of GATv2 reaches 99% on trained and 95% on held-out permutations of 8, GAT with eight heads stays below 70% on
 trained permutations of 12, and GATv2 loses no more by wrong edges than GAT.
 """
 

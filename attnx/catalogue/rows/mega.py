@@ -63,7 +63,7 @@ def averages(rows, pattern, executions, name):
 def attentions(name, table, **options):
     """An example of attention with a table of that size."""
     return Example(functools.partial(attend, **options), {"query": "bth", "key": "bsh", "value": "bsv", "table": "o"}, "btv", ("causal self", "noncausal self"),
-                   ("reference", "blockwise", "pallas", "ring"), sizes={"o": table}, name=name)
+                   ("reference", "blockwise", "pallas", "ring"), local="chunk" in options, sizes={"o": table}, name=name)
 
 
 entry = Entry(
