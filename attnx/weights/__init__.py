@@ -2,10 +2,12 @@
 
 from attnx.weights.clipped_softmax import clipped_softmax
 from attnx.weights.entmax import entmax, entmax15, sparsemax
+from attnx.weights.laplace import laplace, relu_squared
 from attnx.weights.relu import relu
 from attnx.weights.sigmoid import sigmoid
 from attnx.weights.softmax import softmax
 from attnx.weights.softpick import softpick
 from pallas_kernels.parts import Exponential, Root, Sum, Weights
 
-__all__ = ["Exponential", "Root", "Sum", "Weights", "clipped_softmax", "entmax", "entmax15", "relu", "sigmoid", "softmax", "softpick", "sparsemax"]
+__all__ = ["Exponential", "Root", "Sum", "Weights", "clipped_softmax", "entmax", "entmax15", "laplace", "relu", "relu_squared", "sigmoid", "softmax", "softpick",
+           "sparsemax"]
