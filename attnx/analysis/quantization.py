@@ -29,6 +29,11 @@ def _round(x):
 _round.defjvp(lambda primals, tangents: (_round(*primals), tangents[0]))
 
 
+def _clip(q, least, most):
+    """Clips integers; unlike that of ``jnp.clip`` the gradient is whole at the ends."""
+    return jnp.where((q >= least) & (q <= most), q, jnp.clip(jax.lax.stop_gradient(q), least, most))
+
+
 class Range(NamedTuple):
     """The smallest and the largest value that an array of a few bits can hold."""
 
@@ -66,10 +71,10 @@ def fake_quantize(x: Float[Array, "..."], bits: int = 8, *, range: Range | tuple
     if symmetric:
         most = 2 ** (bits - 1) - 1
         step = jnp.maximum(jnp.maximum(-low, high), _LEAST) / most
-        return (step * jnp.clip(_round(wide / step), -most - 1, most)).astype(x.dtype)
+        return (step * _clip(_round(wide / step), -most - 1, most)).astype(x.dtype)
     step = (high - low) / (2**bits - 1)
     zero = jnp.round(-low / step)
-    return (step * (jnp.clip(_round(wide / step) + zero, 0, 2**bits - 1) - zero)).astype(x.dtype)
+    return (step * (_clip(_round(wide / step) + zero, 0, 2**bits - 1) - zero)).astype(x.dtype)
 
 
 def _range_of(x, range, percentile):

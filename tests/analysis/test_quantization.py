@@ -8,6 +8,7 @@ from flax import nnx
 
 import attnx
 from attnx import analysis, masks
+from attnx.nn import Attention
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
@@ -62,7 +63,7 @@ def test_model_by_hand():
 def test_attention():
     """A layer of attention: more bits cost less, many cost nothing; products in loops are refused."""
     def layer(implementation):
-        graph, params, rest = nnx.split(attnx.nn.Attention(16, 4, mechanism=attnx.pairs(mask=masks.causal(), implementation=implementation), rngs=nnx.Rngs(0)),
+        graph, params, rest = nnx.split(Attention(16, 4, mechanism=attnx.pairs(mask=masks.causal(), implementation=implementation), rngs=nnx.Rngs(0)),
                                         nnx.Param, ...)
         return params, lambda params, x: nnx.merge(graph, params, rest)(x)
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 import attnx
 from attnx import masks, weights
+from attnx.nn import Attention
 
 GAMMA, ZETA = -0.06, 1.2
 
@@ -77,7 +78,7 @@ def test_gates(x64, predictor):
 @pytest.mark.parametrize("predictor", SHAPES)
 def test_fine_tuning(predictor):
     """Gates put into a layer leave it as it was to 1e-2, whatever they start from."""
-    base = attnx.nn.Attention(16, 4, mechanism=attnx.pairs(), rngs=nnx.Rngs(0))
+    base = Attention(16, 4, mechanism=attnx.pairs(), rngs=nnx.Rngs(0))
     x = 0.2 * jax.random.normal(jax.random.key(0), (1, 6, 16))
     layer = weights.GatedAttention(16, 4, mechanism=attnx.pairs(), predictor=predictor, fine_tune=True, initial=0.25, rngs=nnx.Rngs(0))
     for name in ("query", "key", "value", "out"):
