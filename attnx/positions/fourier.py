@@ -1,6 +1,6 @@
 """Fourier position embedding: channel pairs turned by Fourier series of the position, of the tones that training could hear.
 
-Hua, Jiang, Lv, Zhang, Sun, Ding, Zhang, Zhou: "Fourier Position Embedding: Enhancing Attention's Periodic Extension for Length Generalization"
+Hua, Jiang, Lv, Zhang, Sun, Fan, Zhu, Qi and others: "Fourier Position Embedding: Enhancing Attention's Periodic Extension for Length Generalization"
 (ICML 2025, arXiv 2412.17739). Rotary embedding turns pair m by one tone, base^(-2m / H). Layers mix the tones, and those with less than one period within the
 training length are never learned. So here tones below 2 pi / length are dropped, and each of the first M pairs is given a series of the D kept,
 
