@@ -9,6 +9,7 @@ from attnx.nn.frozen import Constant
 from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
 from attnx.nn.stack import Stack
+from attnx.nn.switch import set_mechanism
 
 __all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
-           "logical_axes", "make_norm"]
+           "logical_axes", "make_norm", "set_mechanism"]
