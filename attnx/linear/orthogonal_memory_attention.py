@@ -140,6 +140,8 @@ def lavo_attention(query: Float[Array, "B T N D"], context: Float[Array, "B S N 
     context, bases, counted = _check(context, bases, counted)
     if segment_ids is not None and checks.check_integers("segment_ids", segment_ids, ranks=(2,)).shape != (b, t):
         raise ValueError(f"segment_ids: expected shape {[b, t]}, got {checks.describe(segment_ids)}")
+    if rel_bias is not None and (cross or not dissect):
+        raise ValueError("rel_bias: expected None without windows (cross=True or dissect=False)")
     _check_rel_bias(rel_bias, n, window, causal)
     scale = checks.check_scale(scale, d)
     if 0 in query.shape:

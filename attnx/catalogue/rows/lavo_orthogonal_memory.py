@@ -37,7 +37,7 @@ s: tokens of t's window of w up to t;      H[r] = b_r * mean over all windows be
                 linear="t", sizes={"w": 4}),
         Example(call, {**ARRAYS, "rel_bias": "nw"}, "btnh", patterns=("noncausal self",), executions=("reference", "blockwise"), mask="seen", linear="t",
                 sizes={"w": 7}, name="not causal"),
-        Example(call, ARRAYS, "btnh", patterns=("noncausal cross",), mask="seen", linear="t", name="cross"),
+        Example(call, ARRAYS, "btnh", patterns=("noncausal cross", "noncausal self", "causal self"), mask="seen", linear="t", name="without biases"),
     ),
     notes="Reconstructed from the abstract and public descriptions: windows are aligned, directions are learned and made orthonormal in each call.",
 )
