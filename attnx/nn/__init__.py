@@ -10,6 +10,7 @@ from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
 from attnx.nn.record import record
 from attnx.nn.stack import Stack
+from attnx.nn.switch import set_mechanism
 
 __all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
-           "logical_axes", "make_norm", "record"]
+           "logical_axes", "make_norm", "record", "set_mechanism"]
