@@ -332,7 +332,7 @@ def check(example: Example, pattern: str | None):
     """
     subject = Subject(example, pattern)
     with jax.enable_x64(True):
-        for contract in CONTRACTS if pattern in (None, example.patterns[0]) else OF_PATTERNS:
+        for contract in CONTRACTS if pattern in (None, *example.patterns[:1]) else OF_PATTERNS:
             try:
                 contract(subject)
             except Broken as broken:
