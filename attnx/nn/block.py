@@ -28,6 +28,7 @@ class TransformerBlock(nnx.Module):
       mlp: a module [B, T, D] -> [B, T, D], or None for a block of attention alone.
       cross_attention: a module like ``attention`` that reads a context, or None.
       norm: 'rms', 'layer' or a constructor, see :func:`attnx.nn.make_norm`.
+      norm_epsilon: added to the variance in 'rms' and 'layer'.
       norm_position: 'pre' or 'post'.
       dropout_rate: of what each f adds to the residual stream.
       dtype, param_dtype: of the norms.
@@ -47,8 +48,8 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, features: int, *, attention: nnx.Module, mlp: nnx.Module | None = None, cross_attention: nnx.Module | None = None,
-                 norm: str | Callable[..., nnx.Module] = "rms", norm_position: str = "pre", dropout_rate: float = 0.0, dtype=None,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+                 norm: str | Callable[..., nnx.Module] = "rms", norm_epsilon: float = 1e-6, norm_position: str = "pre", dropout_rate: float = 0.0,
+                 dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
         if norm_position not in ("pre", "post"):
             raise ValueError(f"norm_position: expected 'pre' or 'post', got {norm_position!r}")
         if not 0.0 <= dropout_rate < 1.0:
@@ -56,7 +57,7 @@ class TransformerBlock(nnx.Module):
         self.features, self.norm_position, self.dropout_rate = features, norm_position, dropout_rate
 
         def norm_of(part):
-            return nnx.data(None) if part is None else make_norm(norm, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return nnx.data(None) if part is None else make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention, self.attention_norm = attention, norm_of(attention)
         self.cross_attention, self.cross_norm = nnx.data(cross_attention), norm_of(cross_attention)
