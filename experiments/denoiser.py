@@ -1,8 +1,9 @@
 """A small text-to-image diffusion model of :mod:`experiments.tasks.shapes`, made of attnx.nn blocks: the given model of experiments that steer attention.
 
-Pictures of 12 x 12 become 36 tokens of 2 x 2 pixels, which pass three blocks of self-attention (layers 0 to 2, hooks ``qkv``, ``scores``, ...), cross-attention to
-the four words of the prompt (hooks ``cross_qkv``, ...) and an MLP, each behind a norm that the noise level scales and shifts. It predicts the picture
-without noise. Its trained weights come with the package, in half precision; this trains them again:
+Pictures of 12 x 12 become 36 tokens of 2 x 2 pixels, which pass three blocks of a convolution, self-attention (layers 0 to 2, hooks ``qkv``, ``scores``, ...),
+cross-attention to the four words of the prompt (hooks ``cross_qkv``, ...) and an MLP. As in the U-Nets that are steered in practice, tokens have no vectors of their
+positions: only the convolutions and their padded borders know where a token is. The model predicts the picture without noise. Its trained weights come
+with the package, in half precision; this trains them again:
 
     python -m experiments.denoiser
 
@@ -58,18 +59,20 @@ def unpatch(tokens: Float[Array, "*B T P"], grid: int = GRID, size: int = PATCH)
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and an MLP around a residual stream; the level of noise gives each its scale, shift and gate."""
+    """A convolution, self-attention, cross-attention and an MLP around a residual stream; the level of noise scales, shifts and gates all but the first."""
 
     def __init__(self, *, rngs: nnx.Rngs):
+        self.mix = nnx.Conv(FEATURES, FEATURES, (3, 3), rngs=rngs)
         self.attention = Attention(FEATURES, HEADS, mechanism=attnx.pairs(), rngs=rngs)
         self.cross_attention = Attention(FEATURES, HEADS, mechanism=attnx.pairs(), rngs=rngs)
-        self.mlp = MLP(FEATURES, 4 * FEATURES, activation=jax.nn.gelu, gated=False, rngs=rngs)
+        self.mlp = MLP(FEATURES, 2 * FEATURES, activation=jax.nn.gelu, gated=False, rngs=rngs)
         self.modulation = nnx.Linear(FEATURES, 9 * FEATURES, kernel_init=nnx.initializers.zeros, rngs=rngs)
         self.norm = nnx.LayerNorm(FEATURES, use_bias=False, use_scale=False, rngs=rngs)
 
     def __call__(self, x, *, context, level, hooks: Hooks | None = None, layer=0, dropout_key=None):
         """[B, T, D] -> [B, T, D]; context [B, 4, D], level [B, D]."""
         own, cross = split_hooks(hooks)
+        x = x + self.mix(jax.nn.silu(self.norm(x)).reshape(-1, GRID, GRID, FEATURES)).reshape(x.shape)
         change = jnp.split(self.modulation(jax.nn.silu(level))[:, None], 9, axis=-1)
         steps = (lambda y: self.attention(y, hooks=own, layer=layer), lambda y: self.cross_attention(y, context, hooks=cross, layer=layer), self.mlp)
         for f, scale, shift, gate in zip(steps, change[0::3], change[1::3], change[2::3]):
@@ -83,7 +86,6 @@ class Denoiser(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         size = PATCH**2 * 3
         self.inputs, self.outputs = nnx.Linear(size, FEATURES, rngs=rngs), nnx.Linear(FEATURES, size, kernel_init=nnx.initializers.zeros, rngs=rngs)
-        self.places = nnx.Param(0.02 * jax.random.normal(rngs.params(), (GRID**2, FEATURES)))
         self.words = nnx.Param(jax.random.normal(rngs.params(), (len(shapes.WORDS), FEATURES)))
         self.order = nnx.Param(jax.random.normal(rngs.params(), (4, FEATURES)))
         self.level = nnx.Sequential(nnx.Linear(FEATURES, FEATURES, rngs=rngs), jax.nn.silu, nnx.Linear(FEATURES, FEATURES, rngs=rngs))
@@ -95,7 +97,7 @@ class Denoiser(nnx.Module):
         angles = time[:, None] * 100 * jnp.exp(-jnp.linspace(0, jnp.log(1000.0), FEATURES // 2))
         level = self.level(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1))
         context = self.words[...][words] + self.order[...]
-        tokens = self.inputs(patches(x)) + self.places[...]
+        tokens = self.inputs(patches(x)) + level[:, None]
         tokens = self.stack(tokens, context=context, level=level, hooks=hooks)
         return unpatch(self.outputs(self.norm(tokens)))
 
@@ -195,7 +197,8 @@ def load(file: Path = FILE) -> Callable:
         stored = [arrays[f"arr_{i}"] for i in range(len(leaves))]
     if [x.shape for x in stored] != [x.shape for x in leaves]:
         raise ValueError(f"{file}: expected the weights of this model; python -m experiments.denoiser writes them")
-    return functools.partial(apply, jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in stored]))
+    with jax.ensure_compile_time_eval():  # what is kept must not belong to whoever is tracing the first call
+        return functools.partial(apply, jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in stored]))
 
 
 if __name__ == "__main__":
