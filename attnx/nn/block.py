@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnx.nn.common import check_sequence, constrain, dropout, rows
-from attnx.nn.hooks import Hooks
+from attnx.nn.hooks import Hooks, split_hooks
 from attnx.nn.norms import make_norm
 
 
@@ -79,7 +79,7 @@ class TransformerBlock(nnx.Module):
           [B, T, D] in the dtype of x.
         """
         self._check(x, context)
-        hooks, cross_hooks = _split_hooks(hooks)
+        hooks, cross_hooks = split_hooks(hooks)
         inner, cross, *outer = (None,) * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
         x = self._add(x, self.attention_norm, outer[0], lambda y: self.attention(
             y, positions=positions, segment_ids=segment_ids, dropout_key=inner, hooks=hooks, layer=layer))
@@ -101,7 +101,7 @@ class TransformerBlock(nnx.Module):
     def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[tuple[Any, Any], Float[Array, "B t D"]]:
         """One block over the next tokens x [B, t, D]: ``(state, [B, t, D])``."""
         check_sequence("x", x, self.features)
-        hooks, cross_hooks = _split_hooks(hooks)
+        hooks, cross_hooks = split_hooks(hooks)
         own, cross = state
 
         def attend(y):
@@ -130,10 +130,3 @@ class TransformerBlock(nnx.Module):
         if (context is None) != (self.cross_attention is None):
             given, wants = ("nothing", "one") if context is None else ("one", "none: it has no cross_attention")
             raise ValueError(f"context: the block expects {wants}, got {given}")
-
-
-def _split_hooks(hooks):
-    """The hooks of the attention, and those of the cross-attention without their prefix."""
-    own = {stage: hook for stage, hook in (hooks or {}).items() if not stage.startswith("cross_")}
-    cross = {stage.removeprefix("cross_"): hook for stage, hook in (hooks or {}).items() if stage.startswith("cross_")}
-    return own, cross
