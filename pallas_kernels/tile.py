@@ -122,6 +122,11 @@ def _only(ok, x):
     return x if ok is None else jnp.where(ok, x, 0)
 
 
+def _silence(vanishes: bool, s, ok):
+    """Scores at which forbidden pairs weigh nothing by themselves, and no mask left to apply; else the two as they are."""
+    return (jnp.where(ok, s, -jnp.inf), None) if vanishes and ok is not None else (s, ok)
+
+
 def _tile(parts, q, k, at, blocks, masked):
     s = shape_scores(parts, raw_scores(parts, q, k, at, blocks), at, blocks)
     return s, visible(parts, at, blocks) if masked else None
@@ -141,7 +146,7 @@ def attend_tile(parts: Parts, family: Exponential, carry, q, k, v, at: At, block
     ``v=None`` folds the row statistic alone. ``masked=False`` promises that every pair of the tile is allowed.
     """
     m, total, acc = carry
-    s, ok = _tile(parts, q, k, at, blocks, masked)
+    s, ok = _silence(family.vanishes, *_tile(parts, q, k, at, blocks, masked))
     operands = blocks.weights
     shift = family.shift(s, *operands)
     if shift is None:  # a weight that cannot overflow needs no running maximum
@@ -205,7 +210,7 @@ def weigh_tile(parts: Parts, terms, carry, q, k, v, rows, at: At, blocks: Blocks
       differentiable: guards forbidden pairs for the sake of automatic differentiation.
     """
     acc, totals = carry
-    s, ok = _tile(parts, q, k, at, blocks, masked)
+    s, ok = _silence(terms.vanishes, *_tile(parts, q, k, at, blocks, masked))
     if differentiable:
         s, rows = _guard(ok, s, rows)
     num, sums = terms(s, rows, *blocks.weights)
@@ -260,10 +265,11 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
 
     def weigh(s, given, inexact):
         blocks = join(inexact)
-        s, given = _guard(ok, shape_scores(parts, s, at, blocks), given if want_rows else rows)
+        s, left = _silence(terms.vanishes, shape_scores(parts, s, at, blocks), ok)
+        s, given = _guard(left, s, given if want_rows else rows)
         num, sums = terms(s, given, *blocks.weights)
-        kept = None if num is None else _only(ok, num)
-        return kept, tuple(kept if x is num else _only(ok, x) for x in sums)
+        kept = None if num is None else _only(left, num)
+        return kept, tuple(kept if x is num else _only(left, x) for x in sums)
 
     replaced = parts.scores and isinstance(parts.scores[0], Similarity)
     if replaced:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnx.core import checks, cudnn, operations, reference
-from attnx.core.blockwise import Blockwise
+from attnx.core.blockwise import choose_blockwise
 from attnx.core.fused import choose_fused
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
 from attnx.core.ring import choose_ring, mesh_in_context
-from attnx.core.tiling import choose_tiling, without_padding
+from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
 
@@ -197,16 +197,15 @@ def _choose(implementation, hooks):
 def _executor(chosen, program, data, block_sizes):
     if chosen == "pallas":
         return choose_fused(program, data, block_sizes)
-    tiling = choose_tiling(program, data, block_sizes)
     if chosen == "ring":
-        return choose_ring(program, data, tiling)
+        return choose_ring(program, data, choose_tiling(program, data, block_sizes))
     mesh = mesh_in_context() if chosen is None else None
     if mesh is None:
-        return Blockwise(without_padding(program, tiling), tiling)
+        return choose_blockwise(program, data, block_sizes)
     # The compiler would gather what a loop over blocks slices, so batch and heads are sharded here as well as the sequence.
     spread = mesh.shape.get("sequence", 1)
     whole = spread > 1 and min(program.sizes.queries, program.sizes.keys) >= spread
-    return choose_ring(program, data, tiling, mesh, "sequence" if whole else None)
+    return choose_ring(program, data, choose_tiling(program, data, block_sizes), mesh, "sequence" if whole else None)
 
 
 def no_tiles(program: Program) -> bool:
