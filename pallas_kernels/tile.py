@@ -231,8 +231,8 @@ def given_rows(r):
     return jnp.where(r > FLOOR, r, -FLOOR)
 
 
-def _split(blocks: Blocks):
-    """The inexact operands, and a function that puts them back among the integer ones (which have no cotangent)."""
+def _split(blocks):
+    """The inexact operands of some parts, and a function that puts them back among the integer ones (which have no cotangent)."""
     leaves, tree = jax.tree.flatten(blocks)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
 
@@ -260,24 +260,27 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
       with the gradient of each inexact operand block, in tree order.
     """
     dtype = accumulator_dtype(q.dtype)
-    inexact, join = _split(blocks)
+    (to_scores, join_scores), (to_mask, _), (to_weights, join_weights) = map(_split, blocks)
     ok = visible(parts, at, blocks) if masked else None
 
-    def weigh(s, given, inexact):
-        blocks = join(inexact)
-        s, left = _silence(terms.vanishes, shape_scores(parts, s, at, blocks), ok)
+    def with_scores(operands):
+        return blocks._replace(scores=join_scores(operands))
+
+    def weigh(s, given, operands):
         s, given = _guard(left, s, given if want_rows else rows)
-        num, sums = terms(s, given, *blocks.weights)
+        num, sums = terms(s, given, *join_weights(operands))
         kept = None if num is None else _only(left, num)
         return kept, tuple(kept if x is num else _only(left, x) for x in sums)
 
     replaced = parts.scores and isinstance(parts.scores[0], Similarity)
     if replaced:
-        raw, pull_pair = jax.vjp(lambda q, k, inexact: raw_scores(parts, q, k, at, join(inexact), transposed=transposed), q, k, inexact)
+        raw, pull_pair = jax.vjp(lambda q, k, operands: raw_scores(parts, q, k, at, with_scores(operands), transposed=transposed), q, k, to_scores)
     else:
         raw = raw_scores(parts, q, k, at, blocks, transposed=transposed)
+    s, pull_shape = jax.vjp(lambda s, operands: shape_scores(parts, s, at, with_scores(operands)), raw, to_scores)
+    s, left = _silence(terms.vanishes, s, ok)  # between the two: where slopes vanish, the gradient needs no mask
     to_rows, to_keys = ((0, 0), (1, 0)) if transposed else ((1, 0), (0, 0))
-    (num, _), pull = jax.vjp(weigh, raw, rows if want_rows else (), inexact)
+    (num, _), pull = jax.vjp(weigh, s, rows if want_rows else (), to_weights)
     dv = g_num = None
     if num is not None:
         g_num = _dot(v, do, (1, 1)) if transposed else _dot(do, v, (1, 1))
@@ -285,13 +288,15 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
             drop = dropout_multiplier(parts, at, seed)
             g_num, num = g_num * drop, num * drop
         dv = _dot(num.astype(do.dtype), do, to_keys)
-    ds, drows, dblocks = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
+    ds, drows, of_weights = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
+    ds, of_scores = pull_shape(ds)
+    others = [jnp.zeros_like(x) for x in to_mask] + of_weights
     if replaced:
-        dq, dk, dpair = pull_pair(ds)
-        return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(dblocks, dpair)]
+        dq, dk, of_pair = pull_pair(ds)
+        return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(of_scores, of_pair)] + others
     early = ds.size < q.size + k.size  # the scale enters where there are fewer numbers
     ds = ds * parts.scale if early and parts.scale != 1.0 else ds
     dq, dk = _dot(ds.astype(k.dtype), k, to_rows), _dot(ds.astype(q.dtype), q, to_keys)
     if parts.scale != 1.0 and not early:
         dq, dk = dq * parts.scale, dk * parts.scale
-    return dq, dk, dv, drows, dblocks
+    return dq, dk, dv, drows, of_scores + others
