@@ -7,6 +7,7 @@ are skipped or left unmasked by the same table. Results are written once, in the
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ _forced = contextvars.ContextVar("forced", default=None)
 
 @contextlib.contextmanager
 def forced(interpret: Any = True, platform: str = "tpu"):
-    """Within it, ``implementation="pallas"`` is served whatever the backend. What jit has traced before stays as it is.
+    """Within it kernels serve, by name or as what None picks, whatever the backend. What jit has traced before stays as it is.
 
     Args:
       interpret: True emulates the kernels in XLA, a ``pltpu.InterpretParams`` simulates a TPU core (slow, for tests), False compiles for the platform:
@@ -51,6 +52,18 @@ def forced(interpret: Any = True, platform: str = "tpu"):
 def target() -> tuple[Any, str]:
     """How and for what platform kernels are to be run here: what :func:`forced` says, or compiled for the backend."""
     return _forced.get() or (False, jax.default_backend())
+
+
+def prefer(implementation: str | None, kernels: Callable, otherwise: Callable):
+    """``kernels()`` where they are named or, with no implementation named, serve the call on the platform at hand; else ``otherwise()``."""
+    if implementation == "pallas":
+        return kernels()
+    if implementation is None and target()[1] in PLATFORMS:
+        try:
+            return kernels()
+        except NotImplementedError:  # what kernels lack matters to those alone who name them
+            pass
+    return otherwise()
 
 
 @dataclasses.dataclass(frozen=True)
