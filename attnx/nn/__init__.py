@@ -8,7 +8,7 @@ from attnx.nn.embedding import Embedding
 from attnx.nn.frozen import Constant
 from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
-from attnx.nn.record import record
+from attnx.nn.recording import record
 from attnx.nn.stack import Stack
 
 __all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
