@@ -142,7 +142,8 @@ def test_layer(options):
 def test_errors():
     q, c, bases, rel_bias = inputs(dtype=jnp.float32)
     for match, change in (("bases: expected shape", dict(bases=bases[:1])), ("rel_bias: expected shape", dict(rel_bias=rel_bias[:, 1:])),
-                          ("causal: expected False", dict(cross=True)), ("rel_bias: expected None", dict(dissect=False)), ("context: expected the length", dict(context=c[:, 1:])),
+                          ("causal: expected False", dict(cross=True)), ("rel_bias: expected None", dict(dissect=False)),
+                          ("context: expected the length", dict(context=c[:, 1:])),
                           ("segment_ids: expected None", dict(causal=False, rel_bias=None, segment_ids=jnp.zeros((B, T), int)))):
         with pytest.raises(ValueError, match=match):
             linear.lavo_attention(**{**dict(query=q, context=c, bases=bases, window=W, rel_bias=rel_bias), **change})
