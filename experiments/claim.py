@@ -31,7 +31,7 @@ class Options:
     Ends with a table, a figure and the verdict, recorded in --out. Stopped and called again, it goes on with the next seed.
     """
 
-    id: Annotated[str, tyro.conf.Positional]
+    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
     """The paper, see `attnx list`."""
     smoke: bool = False
     """The same code in seconds; what it finds means nothing, and is recorded in runs/smoke-claims unless --out says otherwise."""

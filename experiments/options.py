@@ -30,12 +30,16 @@ def parse(options: type[T], program: str, arguments: Sequence[str]) -> T:
 
 
 def _first_paragraph(box: str) -> str:
-    """The message of an error that is drawn as a box: its lines down to the first rule."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if text and not text.strip("─"):
-            break
-        if line.startswith("│"):
-            lines.append(text)
-    return " ".join(lines) or " ".join(box.split()) or "wrong options"
+    """The message of an error that is drawn as a box, or where the terminal has no such characters as text between rules under a title."""
+    lines = box.splitlines()
+    if any(line.startswith("│") for line in lines):
+        lines = [line.strip("│ ") for line in lines if line.startswith("│")]
+    else:
+        rules = [index for index, line in enumerate(lines) if _is_rule(line)]
+        lines = lines[rules[0] + 1:] if rules else lines
+    end = next((index for index, line in enumerate(lines) if _is_rule(line)), len(lines))
+    return " ".join(" ".join(lines[:end]).split()) or "wrong options"
+
+
+def _is_rule(line):
+    return bool(line.strip()) and not line.strip("─- ")

@@ -20,7 +20,7 @@ from experiments.options import parse
 class Options:
     """Shows what the catalogue says of a paper."""
 
-    id: Annotated[str, tyro.conf.Positional]
+    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
     """The paper, see `attnx list`."""
     bibtex: bool = False
     """Only how to cite it."""
