@@ -13,12 +13,11 @@ import optax
 from flax import nnx
 
 from attnx.mechanism import Mechanism
-from attnx.models import Decoder, TransformerConfig
+from attnx.models import Decoder, TransformerConfig, generate
 from attnx.training import Spans
 
 _POLICIES = {"none": None, "dots": "dots_saveable", "all": "nothing_saveable"}
 _EVALUATED = 8192  # tokens in a batch of the evaluation
-_PREFILLED = 128  # tokens of a prompt that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +112,9 @@ class LanguageModel:
           The bytes.
         """
         tokens = np.frombuffer(b"\0" + prompt, np.uint8).astype(np.int32)[None]
-        state = self.decoder(params).init_state(1, tokens.shape[1] + length)
-        key, chosen, position = jax.random.key(seed), None, 0
-        while position < tokens.shape[1]:
-            size = _PREFILLED if tokens.shape[1] - position >= _PREFILLED else 1
-            state, chosen = self._step(params, state, tokens[:, position:position + size], key, temperature, top_k)
-            position += size
-        for _ in range(length):
-            yield int(chosen[0, 0])
-            state, chosen = self._step(params, state, chosen, key, temperature, top_k)
+        for token in generate(self.decoder(params), tokens, length, temperature=temperature, top_k=top_k, key=jax.random.key(seed)):
+            yield int(token[0])
 
     @functools.cached_property
     def _nats(self):
         return jax.jit(self.nats)
-
-    @functools.cached_property
-    def _step(self):
-        def step(params, state, tokens, key, temperature, top_k):
-            state, logits = self.decoder(params).step(state, tokens)
-            logits = logits[:, -1]
-            if top_k is not None:
-                logits = jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][:, -1:], logits, -jnp.inf)
-            scaled = logits / jnp.maximum(temperature, 1e-6)
-            drawn = jax.random.categorical(jax.random.fold_in(key, state.position), scaled)
-            return state, jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)[:, None]
-
-        return jax.jit(step, static_argnames="top_k", donate_argnums=1)

@@ -5,8 +5,9 @@ from attnx.models.config import TransformerConfig
 from attnx.models.decoder import Decoder
 from attnx.models.encoder import Encoder
 from attnx.models.encoder_decoder import EncoderDecoder
+from attnx.models.generation import generate
 from attnx.models.search import Hypotheses, beam_search, greedy_search, length_penalty, rows_of
 from attnx.models.transformer import Transformer, TransformerState
 
 __all__ = ["Decoder", "Encoder", "EncoderDecoder", "Hypotheses", "OriginalTransformer", "Transformer", "TransformerConfig", "TransformerState",
-           "beam_search", "greedy_search", "label_smoothed_cross_entropy", "length_penalty", "noam_schedule", "original_config", "rows_of"]
+           "beam_search", "generate", "greedy_search", "label_smoothed_cross_entropy", "length_penalty", "noam_schedule", "original_config", "rows_of"]

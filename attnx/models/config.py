@@ -1,6 +1,8 @@
 """The sizes and choices that the transformer models share."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -10,8 +12,9 @@ from flax import nnx
 from attnx.nn import MLP, Attention, TransformerBlock
 from attnx.positions import Rotary
 
-_ACTIVATIONS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True),
-                "gelu": (jax.nn.gelu, False), "relu": (jax.nn.relu, False)}
+_ACTIVATIONS: dict[str, tuple[Callable, bool]] = {
+    "swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False),
+    "exact_gelu": (partial(jax.nn.gelu, approximate=False), False), "relu": (jax.nn.relu, False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,12 @@ class TransformerConfig:
     """Size of a head; by default features / num_heads."""
     hidden_features: int | None = None
     """Hidden size of the MLPs; by default 8/3 (gated) or 4 (plain) times features, rounded up to a multiple of 32."""
-    mlp: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
-    """Activation of the MLPs; the first two are gated."""
+    mlp: Literal["swiglu", "geglu", "gelu", "exact_gelu", "relu"] = "swiglu"
+    """Activation of the MLPs; the first two are gated, 'gelu' is the usual approximation by tanh."""
     norm: Literal["rms", "layer"] = "rms"
     """Normalisation of the residual stream."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in the norms of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
     """Whether the input of a sub-layer is normalised, or the sum after it."""
     position: Rotary | None = Rotary()
@@ -49,6 +54,10 @@ class TransformerConfig:
     """Position vectors added to the token vectors."""
     max_length: int | None = None
     """Number of learned position vectors."""
+    token_types: int | None = None
+    """Number of token types with a vector each, added to the token vectors."""
+    embedding_norm: bool = False
+    """Whether the embedding is normalised."""
     qk_norm: Literal["rms", "layer"] | None = None
     """Normalisation of each head's queries and keys."""
     output_gate: Literal["head", "channel"] | None = None
@@ -93,5 +102,5 @@ class TransformerConfig:
             self.features, attention=attention(mechanism, self.position),
             cross_attention=None if cross_mechanism is None else attention(cross_mechanism, None),
             mlp=MLP(self.features, self.hidden, activation=activation, gated=gated, **common),
-            norm=self.norm, norm_position=self.norm_position, dropout_rate=self.dropout_rate,
+            norm=self.norm, norm_epsilon=self.norm_epsilon, norm_position=self.norm_position, dropout_rate=self.dropout_rate,
             dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs)

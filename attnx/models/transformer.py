@@ -24,7 +24,7 @@ class TransformerState(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, and a last norm (after pre-norm blocks).
+    """Embedding (normalised where the config says so), blocks, and a last norm (after pre-norm blocks).
 
     Args:
       config: its sizes and choices.
@@ -42,13 +42,17 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = embedding or Embedding(
             config.vocab_size, config.features, tied=config.tie_embedding, scaled=config.scale_embedding,
-            position=config.position_embedding, max_length=config.max_length, **dtypes)
+            position=config.position_embedding, max_length=config.max_length, token_types=config.token_types, **dtypes)
         self.layers = Stack([functools.partial(config.block, m, cross_mechanism) for m in mechanisms], config.num_layers,
                             unroll=config.unroll, remat=config.remat, rngs=rngs)
-        self.norm = make_norm(config.norm, config.features, **dtypes) if config.norm_position == "pre" else nnx.data(None)
+
+        def norm(wanted):
+            return make_norm(config.norm, config.features, epsilon=config.norm_epsilon, **dtypes) if wanted else nnx.data(None)
+
+        self.embedding_norm, self.norm = norm(config.embedding_norm), norm(config.norm_position == "pre")
 
     def hidden(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None, *,
-               context: Float[Array, "B S D"] | None = None, context_positions: Int[Array, "*B S"] | None = None,
+               token_types: Int[Array, "B T"] | None = None, context: Float[Array, "B S D"] | None = None, context_positions: Int[Array, "*B S"] | None = None,
                dropout_key: Array | None = None, hooks: Hooks | None = None) -> Float[Array, "B T D"]:
         """The vectors of the last layer.
 
@@ -56,6 +60,7 @@ class Transformer(nnx.Module):
           tokens: integers [B, T].
           positions: int32 [T] or [B, T], logical positions (-1 marks padding); None for 0 .. T-1.
           segment_ids: int32 [B, T], documents that do not see each other.
+          token_types: integers [B, T], for an embedding that has types; by default all 0.
           context: [B, S, D], what cross-attention reads.
           context_positions: int32 [S] or [B, S], logical positions of the context.
           dropout_key: the key of all dropout; None for none.
@@ -64,7 +69,7 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, D].
         """
-        x = self.embedding(tokens, positions)
+        x = self._embed(tokens, positions, token_types)
         if dropout_key is not None:
             dropout_key, first = jax.random.split(dropout_key)
             x = dropout(x, self.config.dropout_rate, first)
@@ -96,5 +101,9 @@ class Transformer(nnx.Module):
                     hooks: Hooks | None = None) -> tuple[TransformerState, Float[Array, "B t D"]]:
         """The vectors of the last layer for the next tokens [B, t]: ``(state, [B, t, D])``."""
         positions = state.position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        layers, x = self.layers.step(state.layers, self.embedding(tokens, positions), hooks=hooks)
+        layers, x = self.layers.step(state.layers, self._embed(tokens, positions), hooks=hooks)
         return TransformerState(state.position + tokens.shape[1], layers), x if self.norm is None else self.norm(x)
+
+    def _embed(self, tokens, positions, token_types=None):
+        x = self.embedding(tokens, positions, token_types)
+        return x if self.embedding_norm is None else self.embedding_norm(x)

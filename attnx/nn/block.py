@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnx.nn.common import check_sequence, constrain, dropout, rows
-from attnx.nn.hooks import Hooks
+from attnx.nn.hooks import Hooks, split_hooks
 from attnx.nn.norms import make_norm
 
 
@@ -28,6 +28,7 @@ class TransformerBlock(nnx.Module):
       mlp: a module [B, T, D] -> [B, T, D], or None for a block of attention alone.
       cross_attention: a module like ``attention`` that reads a context, or None.
       norm: 'rms', 'layer' or a constructor, see :func:`attnx.nn.make_norm`.
+      norm_epsilon: added to the variance in 'rms' and 'layer'.
       norm_position: 'pre' or 'post'.
       dropout_rate: of what each f adds to the residual stream.
       dtype, param_dtype: of the norms.
@@ -47,8 +48,8 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, features: int, *, attention: nnx.Module, mlp: nnx.Module | None = None, cross_attention: nnx.Module | None = None,
-                 norm: str | Callable[..., nnx.Module] = "rms", norm_position: str = "pre", dropout_rate: float = 0.0, dtype=None,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+                 norm: str | Callable[..., nnx.Module] = "rms", norm_epsilon: float = 1e-6, norm_position: str = "pre", dropout_rate: float = 0.0,
+                 dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
         if norm_position not in ("pre", "post"):
             raise ValueError(f"norm_position: expected 'pre' or 'post', got {norm_position!r}")
         if not 0.0 <= dropout_rate < 1.0:
@@ -56,7 +57,7 @@ class TransformerBlock(nnx.Module):
         self.features, self.norm_position, self.dropout_rate = features, norm_position, dropout_rate
 
         def norm_of(part):
-            return nnx.data(None) if part is None else make_norm(norm, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return nnx.data(None) if part is None else make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.attention, self.attention_norm = attention, norm_of(attention)
         self.cross_attention, self.cross_norm = nnx.data(cross_attention), norm_of(cross_attention)
@@ -78,7 +79,7 @@ class TransformerBlock(nnx.Module):
           [B, T, D] in the dtype of x.
         """
         self._check(x, context)
-        hooks, cross_hooks = _split_hooks(hooks)
+        hooks, cross_hooks = split_hooks(hooks)
         inner, cross, *outer = (None,) * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
         x = self._add(x, self.attention_norm, outer[0], lambda y: self.attention(
             y, positions=positions, segment_ids=segment_ids, dropout_key=inner, hooks=hooks, layer=layer))
@@ -100,7 +101,7 @@ class TransformerBlock(nnx.Module):
     def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[tuple[Any, Any], Float[Array, "B t D"]]:
         """One block over the next tokens x [B, t, D]: ``(state, [B, t, D])``."""
         check_sequence("x", x, self.features)
-        hooks, cross_hooks = _split_hooks(hooks)
+        hooks, cross_hooks = split_hooks(hooks)
         own, cross = state
 
         def attend(y):
@@ -129,10 +130,3 @@ class TransformerBlock(nnx.Module):
         if (context is None) != (self.cross_attention is None):
             given, wants = ("nothing", "one") if context is None else ("one", "none: it has no cross_attention")
             raise ValueError(f"context: the block expects {wants}, got {given}")
-
-
-def _split_hooks(hooks):
-    """The hooks of the attention, and those of the cross-attention without their prefix."""
-    own = {stage: hook for stage, hook in (hooks or {}).items() if not stage.startswith("cross_")}
-    cross = {stage.removeprefix("cross_"): hook for stage, hook in (hooks or {}).items() if stage.startswith("cross_")}
-    return own, cross

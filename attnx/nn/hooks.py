@@ -62,6 +62,13 @@ def _call(hook, layer, value, at):
     return hook(value, layer, at)
 
 
+def split_hooks(hooks: Hooks | None) -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """The hooks of a block's attention, and those of its cross-attention without their prefix."""
+    own = {stage: hook for stage, hook in (hooks or {}).items() if not stage.startswith("cross_")}
+    cross = {stage.removeprefix("cross_"): hook for stage, hook in (hooks or {}).items() if stage.startswith("cross_")}
+    return own, cross
+
+
 def at_heads(heads: int, query, key, query_positions, key_positions) -> At:
     """The ``At`` of per-head arrays [B, T, heads, H]: batch [B, 1, 1, 1], head [heads, 1], query [(B,) T, 1, 1], key [(B,) S, 1, 1]."""
     def column(positions, x):

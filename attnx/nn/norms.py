@@ -9,7 +9,7 @@ from flax import nnx
 from attnx.nn.common import logical_axes
 
 
-def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str = "embed", dtype=None, param_dtype=jnp.float32,
+def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str = "embed", epsilon: float = 1e-6, dtype=None, param_dtype=jnp.float32,
               rngs: nnx.Rngs):
     """A normalisation over the last axis: one of Flax's, or your own.
 
@@ -18,6 +18,7 @@ def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str
         ``kind(features, dtype=..., param_dtype=..., rngs=...)``.
       features: size of the last axis.
       axis: logical name of that axis.
+      epsilon: added to the variance; your own constructor is not told.
       dtype, param_dtype, rngs: as in Flax.
 
     Returns:
@@ -37,9 +38,9 @@ def make_norm(kind: str | Callable[..., nnx.Module], features: int, *, axis: str
         return kind(features, **common)
     names = logical_axes(axis)
     if kind == "rms":
-        return nnx.RMSNorm(features, scale_metadata=names, **common)
+        return nnx.RMSNorm(features, epsilon=epsilon, scale_metadata=names, **common)
     if kind == "layer":
-        return nnx.LayerNorm(features, scale_metadata=names, bias_metadata=names, **common)
+        return nnx.LayerNorm(features, epsilon=epsilon, scale_metadata=names, bias_metadata=names, **common)
     raise ValueError(f"norm: expected 'rms', 'layer' or a constructor, got {kind!r}")
 
 

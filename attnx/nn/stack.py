@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnx.core import cache
+from attnx.nn.record import Tape, join
+
 
 class Stack(nnx.Module):
     """``num_layers`` blocks in sequence, evaluated by a scan over stacked parameters.
@@ -68,14 +71,15 @@ class Stack(nnx.Module):
         Returns:
           [B, T, D].
         """
-        def body(x, layers, key):
-            for i, (layer, block) in enumerate(layers):
+        def body(x, group, blocks):
+            key = None if keys is None else keys[group]
+            for i, block in enumerate(blocks):
                 own = None if key is None else jax.random.fold_in(key, i)
-                x = block(x, dropout_key=own, layer=layer, **inputs)
-            return x, None
+                x = block(x, dropout_key=own, layer=group * len(blocks) + i, **inputs)
+            return x
 
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_groups)
-        return self._scan(body, x, keys, self.unroll, self.remat)[0]
+        return self._scan(body, x, inputs.get("hooks"), self.unroll, self.remat)
 
     def init_state(self, batch: int, max_length: int, **inputs) -> tuple[Any, ...]:
         """The states of all blocks, stacked like the parameters; ``inputs`` (context, dtype, ...) as for a block's ``init_state``."""
@@ -84,26 +88,61 @@ class Stack(nnx.Module):
                                              for block in nnx.merge(graphdef, params)))(params)
 
     def step(self, state, x: Float[Array, "B t D"], **inputs) -> tuple[tuple[Any, ...], Float[Array, "B t D"]]:
-        """Runs the next tokens x [B, t, D] through all blocks: ``(state, [B, t, D])``."""
-        def body(x, layers, states):
-            after = []
-            for (layer, block), state in zip(layers, states):
-                state, x = block.step(state, x, layer=layer, **inputs)
-                after.append(state)
-            return x, tuple(after)
+        """Runs the next tokens x [B, t, D] through all blocks: ``(state, [B, t, D])``.
 
-        x, state = self._scan(body, x, state)
+        The stacked states are carried from group to group and changed where they lie: a token costs no copy of the caches.
+        """
+        def body(carry, group, blocks):
+            x, states = carry
+            before = _take(states, group)
+            after = []
+            for i, (block, state) in enumerate(zip(blocks, before)):
+                state, x = block.step(state, x, layer=group * len(blocks) + i, **inputs)
+                after.append(state)
+            return x, _put(states, before, tuple(after), group)
+
+        x, state = self._scan(body, (x, state), inputs.get("hooks"))
         return state, x
 
-    def _scan(self, body, x, rows, unroll=1, remat=None):
-        """Folds ``body(x, [(layer, block), ...], row) -> (x, out)`` over the groups."""
+    def _scan(self, body, x, hooks, unroll=1, remat=None):
+        """Folds ``body(x, group, blocks) -> x`` over the groups; what hooks put on tape comes out of the scan."""
         graphdef, params = nnx.split(self.blocks)
+        tapes = [hook for hook in (hooks or {}).values() if isinstance(hook, Tape)]
 
         def one(x, row):
-            group, params, row = row
-            blocks = nnx.merge(graphdef, params)
-            return body(x, [(group * len(blocks) + i, block) for i, block in enumerate(blocks)], row)
+            group, params = row
+            before = [tape.take() for tape in tapes]
+            x = body(x, group, nnx.merge(graphdef, params))
+            kept = [join(tape.take()) for tape in tapes]
+            for tape, earlier in zip(tapes, before):
+                tape.kept = earlier
+            return x, kept
 
         if remat is not None:
             one = jax.checkpoint(one, policy=remat, prevent_cse=False)
-        return jax.lax.scan(one, x, (jnp.arange(self.num_groups), params, rows), unroll=unroll)
+        x, kept = jax.lax.scan(one, x, (jnp.arange(self.num_groups), params), unroll=unroll)
+        for tape, values in zip(tapes, kept):
+            if values is not None:
+                tape.kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values))
+        return x
+
+
+def _is_cache(x):
+    return isinstance(x, cache.KVCache)
+
+
+def _take(states, group):
+    """The states of one group of blocks among stacked ones; caches stay where they lie."""
+    return jax.tree.map(lambda x: cache.layer_of(x, group) if _is_cache(x) else x[group], states, is_leaf=_is_cache)
+
+
+def _put(states, before, after, group):
+    """The stacked states with those of one group as they have become; what did not change is not written."""
+    def put(stack, before, after):
+        if isinstance(after, cache.LayerCache):
+            return cache.stacked(stack, after)
+        if after is before:
+            return stack
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, group, 0), stack, after)
+
+    return jax.tree.map(put, states, before, after, is_leaf=_is_cache)

@@ -3,7 +3,7 @@ text, and is as good at short tasks.
 
 Here: a two-layer decoder of bytes (width 64, four heads) is trained 600 steps on windows of 128 bytes of Python source, with forget gates and no positions, with
 rotary positions, with ALiBi, and with neither. Bits per byte are measured on held-out files in windows of 128, and on the last 64 bytes of
-windows of 512, which end with the same bytes. Besides, a one-layer model answers for the last value of a key since the last RESET token.
+windows of 512, which end with the same bytes. Besides, such models answer for the last value of a key since the last RESET token.
 The claim holds if forgetting is no worse than rotary at 128, loses at 512 less than a third of what rotary loses, and beats ALiBi on the resets.
 """
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from flax import nnx
 
 from attnx import masks, pairs
 from attnx.models import Decoder, EncoderDecoder, TransformerConfig
+from attnx.nn import record
 from attnx.nn.hooks import STAGES
 
 # The quickest to compile.
@@ -135,3 +138,29 @@ def test_stages_that_do_not_exist_are_named():
         model(TOKENS, hooks={"weights": lambda value, layer, at: value})
     with pytest.raises(ValueError, match="hooks: expected stages among"):
         model(TOKENS, hooks={"keys": lambda value, layer, at: value})
+
+
+def test_recording_a_stage_of_every_layer(model):
+    """What a scan over alternating layers hands out is what each layer saw, behind the user's own hook; while decoding too."""
+    windowed = Decoder(dataclasses.replace(CONFIG, num_layers=4, remat="nothing_saveable"), (CAUSAL, pairs(mask=masks.sliding_window(2))), rngs=nnx.Rngs(0))
+    logits, maps = nnx.jit(lambda m: record(m, TOKENS))(windowed)
+    np.testing.assert_allclose(logits, plain(windowed), atol=1e-6)
+    assert maps.shape == (4, B, 4, T, T)
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-6)
+    ones = jnp.ones((T, T), bool)
+    assert (maps == jnp.tril(maps)).all() and ((maps > 0)[::2] == jnp.tril(ones)).all() and ((maps > 0)[1::2] == jnp.tril(ones) & ~jnp.tril(ones, -2)).all()
+
+    def mark(value, layer, at):
+        return value + layer
+
+    _, (query, key, value) = nnx.jit(lambda m: record(m, TOKENS, stage="qkv"))(model)
+    assert query.shape == (3, B, T, 4, 4) and key.shape == value.shape == (3, B, T, 2, 4)
+    _, heads = nnx.jit(lambda m: record(m, TOKENS, stage="output", hooks={"weights": lambda w, layer, at: 0 * w, "output": mark}))(model)
+    assert (heads == jnp.arange(3)[:, None, None, None, None]).all()
+
+    (_, first), rows = nnx.jit(lambda m, s: record(m.step, s, TOKENS[:, :4]))(model, model.init_state(B, T))
+    assert rows.shape[:4] == (3, B, 4, 4) and first.shape == (B, 4, 16)
+    slope = jax.jit(jax.grad(lambda x: (record(model.layers, x, stage="output")[1] ** 2).sum()))(jnp.ones((1, 3, 16)))
+    assert jnp.isfinite(slope).all() and abs(slope).max() > 0
+    with pytest.raises(ValueError, match="stage: no layer of Decoder has 'cross_weights'"):
+        record(model, TOKENS, stage="cross_weights")
