@@ -101,7 +101,7 @@ def test_port():
     peer = port.Perceiver(num_freq_bands=3, depth=3, max_freq=6.0, input_channels=C, input_axis=2, num_latents=4, latent_dim=8, cross_heads=1, latent_heads=2,
                           cross_dim_head=6, latent_dim_head=4, num_classes=CLASSES, weight_tie_layers=True, self_per_cross_attn=2).eval()
     model = make(3, num_layers=2, cross_head_size=6, head_size=4, mlp_ratio=4.0, gated=True, norm=partial(nnx.LayerNorm, epsilon=1e-5))
-    put = lambda param, tensor, at: param.set_value((param[...].at[at].set(jnp.asarray(tensor.detach().numpy()).reshape(param[...][at].shape))))
+    put = lambda param, tensor, at: param.set_value(param[...].at[at].set(jnp.asarray(tensor.detach().numpy()).reshape(param[...][at].shape)))
     whole = slice(None)
 
     def linear(ours, theirs, at, bias=True):
