@@ -206,7 +206,7 @@ _TILES, _EVERY = ("full tile", "masked tile"), ("every tile",)
 _FOLDS = {"forward": Kernel("fold_rows", _TILES), "dq": Kernel("query_side", _TILES), "dk, dv": Kernel("key_side", _TILES)}
 _SPLASH = {"forward": Kernel("_fwd_", _EVERY), "dq": Kernel("_dq_", _EVERY), "dk, dv": Kernel("_dkv_", _EVERY)}
 _CHUNKS = {"forward": Kernel("linear_forward", ("2 chunks",)), "backward": Kernel("linear_backward", ("states", "gradients"))}
-_DECODING = {"forward": Kernel("decode", _EVERY)}
+_DECODING = {"step": Kernel("decode", _EVERY)}
 CASES = {
     SOFTMAX: Case(_flash, _FOLDS),
     "jax splash_attention": Case(_splash, _SPLASH),
@@ -219,7 +219,7 @@ CASES = {
     "flash offset table": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.t5_bias(_zeros(32, HEADS))}), _FOLDS),
     "decode": Case(partial(_decode, False), _DECODING),
     "decode, pages": Case(partial(_decode, True), _DECODING),
-    "jax paged_attention": Case(_paged_attention, {"forward": Kernel("paged_attention", _EVERY)}),
+    "jax paged_attention": Case(_paged_attention, {"step": Kernel("paged_attention", _EVERY)}),
     "linear no decay": Case(partial(_linear, None), _CHUNKS),
     "linear decay by head": Case(partial(_linear, (1, LENGTH)), _CHUNKS),
     "linear decay by channel": Case(partial(_linear, (LENGTH, SIZE)), _CHUNKS),
