@@ -309,7 +309,8 @@ def choose_fused(program: Program, data: CachedData, splits: int | None, block: 
     sizes, (rows, page, merges) = program.sizes, _shape(program, data)
     interpret, whole = _check_kernel(program, data), math.lcm(page, LANES // math.gcd(LANES, sizes.kv_heads))  # tokens of whole columns
     size = max(data.key.shape[-1], data.value.shape[-1]) * max(x.dtype.itemsize for x in (data.query, data.key, data.value))
-    columns = min(2048, max(512, 2**16 // rows), 2**20 // size)
+    default = fused.default_sizes("decode", "tpu", data.query, data.value)
+    columns = min(default.most, max(default.least, default.pairs // rows), default.memory // size)
     tokens = columns // sizes.kv_heads if data.pages is None else min(columns // sizes.kv_heads, 16 * page)
     block = block or max(1, tokens // whole) * whole
     if block < sizes.keys and block % whole:

@@ -97,7 +97,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
         forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused TPU kernels, the state on chip; where
-        causal), or None for the best.
+        causal, first derivatives only), or None for the best that serves the call.
       axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
         device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
