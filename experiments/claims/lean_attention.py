@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attnx
-from attnx.core.partial_states import lean_attention_decode
+from attnx.core import lean_attention_decode
 from experiments.evidence import Claim, Criterion, Trial
 from experiments.figures import lines
 from pallas_kernels.decode import fixed_split_plan, flash_decoding_splits, no_split_plan, simulate_makespan, stream_k_plan
