@@ -43,10 +43,10 @@ def softmax_state_identity(shape: tuple[int, ...], size: int, dtype=jnp.float32)
     return SoftmaxState(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, size), dtype))
 
 
-def softmax_state(scores: Float[Array, "... S"], value: Float[Array, "... S D"], allowed=True) -> SoftmaxState:
+def softmax_state_of(scores: Float[Array, "... S"], value: Float[Array, "... S D"], allowed=True) -> SoftmaxState:
     """The state after keys with these scores and values, of those that are allowed.
 
-    >>> softmax_state(jnp.zeros(3), jnp.arange(3.0)[:, None]).weighed
+    >>> softmax_state_of(jnp.zeros(3), jnp.arange(3.0)[:, None]).weighed
     Array([3.], dtype=float32)
     """
     scores = jnp.where(allowed, scores, -jnp.inf)
@@ -58,7 +58,7 @@ def softmax_state(scores: Float[Array, "... S"], value: Float[Array, "... S D"],
 def softmax_state_merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     """The state after the keys of both; two that have seen none make one that has seen none.
 
-    >>> halves = [softmax_state(jnp.array([s]), jnp.array([[v]])) for s, v in ((0.0, 1.0), (jnp.log(3.0), 5.0))]
+    >>> halves = [softmax_state_of(jnp.array([s]), jnp.array([[v]])) for s, v in ((0.0, 1.0), (jnp.log(3.0), 5.0))]
     >>> softmax_state_finish(softmax_state_merge(*halves))[0]
     Array([4.], dtype=float32)
     """
@@ -135,7 +135,7 @@ def lean_attention_decode(query: Float[Array, "B 1 N H"], key: Float[Array, "B S
             start = jnp.minimum((begin + index) * size, key.shape[2] - size)
             mine = lambda x: lax.dynamic_slice(x, (batch, head, start, 0), (1, 1, size, x.shape[3]))[0, 0].astype(dtype)
             allowed = (start + jnp.arange(size) < lengths[batch]) & (begin + index < end)
-            return softmax_state_merge(state, softmax_state(rows[batch, head] @ mine(key).T, mine(value), allowed)), None
+            return softmax_state_merge(state, softmax_state_of(rows[batch, head] @ mine(key).T, mine(value), allowed)), None
 
         return lax.scan(step, nothing, jnp.arange((plan.end - plan.begin).max()))[0]
 

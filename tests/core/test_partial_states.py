@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attnx
-from attnx.core.partial_states import lean_attention_decode, softmax_state, softmax_state_finish, softmax_state_identity, softmax_state_merge
+from attnx.core import lean_attention_decode, softmax_state_finish, softmax_state_identity, softmax_state_merge, softmax_state_of
 from pallas_kernels.decode import fixed_split_plan, flash_decoding_splits, no_split_plan, simulate_makespan, stream_k_plan
 
 B, S, N, K, H, TILE = 3, 17, 4, 2, 8, 8
@@ -30,8 +30,8 @@ def plans():
 
 def test_merging_is_associative_and_commutative():
     scores, value = jax.random.normal(jax.random.key(0), (7, 5)) * 20, jax.random.normal(jax.random.key(1), (7, 5, 3))
-    parts = [softmax_state(scores[i], value[i]) for i in range(7)]
-    whole, lse = softmax_state_finish(softmax_state(scores.reshape(-1), value.reshape(-1, 3)))
+    parts = [softmax_state_of(scores[i], value[i]) for i in range(7)]
+    whole, lse = softmax_state_finish(softmax_state_of(scores.reshape(-1), value.reshape(-1, 3)))
     rng = np.random.default_rng(0)
     for _ in range(5):
         pool = [parts[i] for i in rng.permutation(7)]
@@ -45,11 +45,11 @@ def test_merging_is_associative_and_commutative():
 
 def test_identity():
     """It changes nothing, not even itself, and finishes as nothing with finite gradients."""
-    none, some = softmax_state_identity((), 3), softmax_state(jnp.ones(2), jnp.ones((2, 3)))
+    none, some = softmax_state_identity((), 3), softmax_state_of(jnp.ones(2), jnp.ones((2, 3)))
     for a, b in ((none, some), (some, none)):
         jax.tree.map(np.testing.assert_array_equal, softmax_state_merge(a, b), some)
     jax.tree.map(np.testing.assert_array_equal, softmax_state_merge(none, none), none)
-    slope = jax.grad(lambda v: softmax_state_finish(softmax_state_merge(none, softmax_state(jnp.zeros(2) + v, jnp.ones((2, 3)) * v, False)))[0].sum())(1.0)
+    slope = jax.grad(lambda v: softmax_state_finish(softmax_state_merge(none, softmax_state_of(jnp.zeros(2) + v, jnp.ones((2, 3)) * v, False)))[0].sum())(1.0)
     assert slope == 0
 
 
