@@ -161,6 +161,7 @@ class Perceiver(nnx.Module):
       num_blocks: how often the inputs are read.
       num_layers: S, self-attention layers in each block.
       share_weights: whether all blocks but the first are one.
+      latent_init: initialiser of the latents, in the paper normal of standard deviation 0.02, cut at two of them.
       cross_heads, num_heads, cross_head_size, head_size, mlp_ratio, gated, norm, implementation: as in :class:`PerceiverBlock`. The paper's MLP is plain with a
         hidden layer of D; a widespread port has a gated one of 4 D.
       rngs: the generator of initial values.
@@ -173,8 +174,9 @@ class Perceiver(nnx.Module):
 
     def __init__(self, channels: int, num_classes: int, *, axes: int = 2, num_bands: int = 64, max_frequency: float | Sequence[float] = 224.0,
                  num_latents: int = 512, features: int = 1024, num_blocks: int = 8, num_layers: int = 6, share_weights: bool = True,
-                 cross_heads: int = 1, num_heads: int = 8, cross_head_size: int | None = None, head_size: int | None = None, mlp_ratio: float = 1.0,
-                 gated: bool = False, norm: str | Callable[..., nnx.Module] = "layer", implementation: str | None = None, rngs: nnx.Rngs):
+                 latent_init=nnx.initializers.truncated_normal(0.02), cross_heads: int = 1, num_heads: int = 8, cross_head_size: int | None = None,
+                 head_size: int | None = None, mlp_ratio: float = 1.0, gated: bool = False, norm: str | Callable[..., nnx.Module] = "layer",
+                 implementation: str | None = None, rngs: nnx.Rngs):
         num_blocks = checks.check_integer("num_blocks", num_blocks, least=1)
         self.channels, self.axes, self.num_bands = channels, axes, num_bands
         self.max_frequency = max_frequency if isinstance(max_frequency, (int, float)) else tuple(max_frequency)
@@ -182,7 +184,7 @@ class Perceiver(nnx.Module):
         block = partial(PerceiverBlock, features, self.in_features, num_layers=num_layers, cross_heads=cross_heads, num_heads=num_heads,
                         cross_head_size=cross_head_size, head_size=head_size, mlp_ratio=mlp_ratio, gated=gated, norm=norm,
                         implementation=implementation, rngs=rngs)
-        self.latents = nnx.Param(nnx.initializers.truncated_normal(0.02)(rngs.params(), (num_latents, features)))
+        self.latents = nnx.Param(latent_init(rngs.params(), (num_latents, features)))
         self.blocks = nnx.List([block() for _ in range(min(num_blocks, 2) if share_weights else num_blocks)])
         self.repeats = num_blocks - 1 if share_weights and num_blocks > 1 else 1
         self.norm = make_norm(norm, features, rngs=rngs)

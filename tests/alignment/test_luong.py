@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from attnx import alignment
@@ -163,6 +162,7 @@ def test_every_parameter_learns():
 
 def test_lstm_is_torchs():
     """The stack of layers is torch's, and reads only what is there."""
+    torch = pytest.importorskip("torch")
     stack = StackedLSTM(D, 5, 2, rngs=nnx.Rngs(0))
     peer = torch.nn.LSTM(D, 5, 2, batch_first=True)
     with torch.no_grad():

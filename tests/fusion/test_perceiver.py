@@ -32,7 +32,7 @@ def count(model):
 
 def test_fourier_features(x64):
     """For each axis sines, then cosines, of evenly spaced frequencies up to mu / 2, then the position; 258 features for ImageNet's 64 bands."""
-    got = fusion.fourier_features(POSITIONS, 3, (6.0, 10.0))
+    got = fusion.fourier_features(fusion.grid_positions(GRID), 3, (6.0, 10.0))
     assert got.shape == (30, 14) and got.dtype == jnp.float64
     for m, (i, j) in enumerate(np.ndindex(GRID)):
         expected = []
@@ -129,7 +129,7 @@ def test_port():
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    for block, (cross, feed, tower) in zip(model.blocks, peer.layers):
+    for block, (cross, feed, tower) in zip(model.blocks, ((layer.cross_attn, layer.cross_ff, layer.self_attns) for layer in peer.layers)):
         attention(block.cross.attention, cross.fn)
         mlp(block.cross.mlp, feed.fn)
         for ours, theirs in ((block.cross.norm, cross.norm), (block.cross.input_norm, cross.norm_context), (block.cross.mlp_norm, feed.norm)):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import attnx
@@ -38,7 +37,7 @@ def encode(model, source, positions):
     return model.encoder(source, positions)
 
 
-def torchs(model):
+def torchs(torch, model):
     """torch.nn.Transformer, without the last norms that it adds to the paper's, with the weights of the model."""
     peer = torch.nn.Transformer(D, N, LAYERS, LAYERS, F, 0.0, batch_first=True, norm_first=False, layer_norm_eps=1e-6)
     peer.encoder.norm = peer.decoder.norm = None
@@ -75,6 +74,7 @@ def torchs(model):
 
 def test_torch(model):
     """The same weights in torch.nn.Transformer give the same, with padding and causal masks; embeddings are tied and scaled, positions interleaved."""
+    torch = pytest.importorskip("torch")
     table = np.asarray(model.encoder.embedding.table[...])
     assert model.decoder.embedding.table[...] is model.encoder.embedding.table[...]
     angle = np.arange(S)[:, None] / 10000 ** (2 * np.arange(D // 2) / D)
@@ -82,13 +82,14 @@ def test_torch(model):
     embed = lambda tokens: torch.tensor(table[np.asarray(tokens)] * D**0.5 + waves[:tokens.shape[1]], dtype=torch.float32)
     hidden = torch.tensor(~np.asarray(SEEN))
     with torch.no_grad():
-        out = torchs(model)(embed(SOURCE), embed(TARGET), tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(T),
+        out = torchs(torch, model)(embed(SOURCE), embed(TARGET), tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(T),
                             src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
     np.testing.assert_allclose(call(model, SOURCE, TARGET, POSITIONS), out.numpy() @ table.T, atol=2e-5)
 
 
 def test_attention_core():
     """Scaled dot-product attention is torch's and jax's; a row with nothing to see is zero, with finite gradients."""
+    torch = pytest.importorskip("torch")
     q, k, v = jax.random.normal(jax.random.key(3), (3, B, T, N, 8))
     mask = jax.random.bernoulli(jax.random.key(4), 0.5, (B, N, T, T)).at[:, :, 2].set(False)
     attend = lambda q: attnx.attention(q, k, v, mask=attnx.masks.explicit(mask))
@@ -168,6 +169,7 @@ def test_schedule():
 
 def test_label_smoothing(x64):
     """It is torch's, and least, at the entropy of the smoothed label, where the model predicts that."""
+    torch = pytest.importorskip("torch")
     logits, labels = jax.random.normal(jax.random.key(7), (6, V), float), jnp.arange(6)
     mask = jnp.array([1, 1, 0, 1, 1, 0], bool)
     peer = torch.nn.functional.cross_entropy(torch.tensor(np.asarray(logits)), torch.tensor(np.asarray(labels)), label_smoothing=0.1, reduction="none").numpy()

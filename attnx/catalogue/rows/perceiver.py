@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+from flax import nnx
 
 from attnx import fusion
 from attnx.catalogue.entry import SEEN, Entry, Example, Input
@@ -11,9 +12,9 @@ from attnx.catalogue.modules import parameters, rebuild
 
 @functools.cache
 def maker(implementation=None):
-    """Of small ones."""
+    """Of small ones, whose latents are large enough for finite differences."""
     return lambda rngs: fusion.Perceiver(3, 5, axes=2, num_bands=2, max_frequency=4.0, num_latents=3, features=8, num_blocks=3, num_layers=1, num_heads=2,
-                                         implementation=implementation, rngs=rngs)
+                                         latent_init=nnx.initializers.normal(1.0), implementation=implementation, rngs=rngs)
 
 
 def classify(case, params, x, positions, seen):
