@@ -1,4 +1,4 @@
-"""The ``pallas`` execution of the recurrent engine: chunks on fused TPU kernels (:mod:`pallas_kernels.linear`)."""
+"""The ``pallas`` execution of the recurrent engine: chunks on fused kernels (:mod:`pallas_kernels.linear`), for TPU and for GPU."""
 
 from typing import Any
 
@@ -7,29 +7,32 @@ import jax.numpy as jnp
 from attnx.core import fused
 from attnx.core import linear_forms as forms
 from attnx.core.compat import vary, varying_axes
-from pallas_kernels import linear as kernels
+from pallas_kernels import linear
 
-CHUNK = 128  # tokens, as many as a vector has lanes
+CHUNK = {"tpu": 128, "gpu": 16}  # tokens, at the least: as many as a vector has lanes, or as a matrix product has rows
+LARGEST = 512  # size of keys on a GPU
 
 
-def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> Any:
-    """How the kernels are to be run, ``interpret`` of ``pallas_call``, if they can serve the call."""
+def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> tuple[Any, str]:
+    """How the kernels are to be run, ``interpret`` of ``pallas_call``, and on what platform, if they can serve the call."""
     interpret, platform = fused.target()
     lacks = "implementation='pallas': the kernels of the recurrent engine"
-    if platform != "tpu":
-        raise NotImplementedError(f"{lacks} are for TPU, the backend is {platform!r}; use 'chunked' or None (attnx.core.fused.forced() emulates them)")
+    if platform not in CHUNK:
+        raise NotImplementedError(f"{lacks} are for TPU and GPU, the backend is {platform!r}; use 'chunked' or None (attnx.core.fused.forced() emulates them)")
     if not is_causal:
         raise NotImplementedError(f"{lacks} read tokens in order and need is_causal=True; 'chunked' serves, where every query reads one sum over all keys")
     if interpret is False and dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"{lacks} compute in float32 and bfloat16, not in {dtype}; use 'chunked'")
-    if interpret is False and size == 1:
+    if interpret is False and platform == "tpu" and size == 1:
         raise NotImplementedError(f"{lacks} take no keys of size 1; use 'chunked'")
-    if chunk_size is not None and chunk_size < CHUNK:
-        raise NotImplementedError(f"{lacks} want a chunk_size of at least {CHUNK}, got {chunk_size}; leave it out, or use 'chunked'")
-    return interpret
+    if platform == "gpu" and size > LARGEST:
+        raise NotImplementedError(f"{lacks} hold states of keys of size {LARGEST} at the most in a GPU's registers, got {size}; use 'chunked'")
+    if chunk_size is not None and chunk_size < CHUNK[platform]:
+        raise NotImplementedError(f"{lacks} want a chunk_size of at least {CHUNK[platform]}, got {chunk_size}; leave it out, or use 'chunked'")
+    return interpret, platform
 
 
-def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float, floor: float | None, chunk_size: int | None, interpret: Any):
+def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float, floor: float | None, chunk_size: int | None, kernels: tuple[Any, str]):
     """A form (:mod:`attnx.core.linear_forms`) that scales and divides by itself: ``(out [B, T, N, Hv] in the query's dtype, state)``.
 
     Args:
@@ -37,13 +40,19 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
       value: [B, T, K, Hv], without a column of ones.
       log_decay: [B or 1, T or 1, M or 1, 1 or H], or None.
       state: [B, M, H, Hv] or, with ``normalize``, [B, M, H, Hv + 1], whose last column is the normaliser.
+      kernels: what :func:`check_kernel` says.
     """
     (b, t, n, h), m = query.shape, state.shape[1]
     if not query.size:  # states alone
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1) if normalize else value
         out, state = forms.chunked(query, key, value, log_decay, state, features=lambda x: x, chunk_size=None)
         return jnp.zeros((b, t, n, value.shape[3] - normalize), query.dtype), state
-    plan = kernels.choose_plan(query, value, m, chunk_size or CHUNK, scale=scale, floor=floor, interpret=interpret)
+    interpret, platform = kernels
+    options = dict(scale=scale, floor=floor, interpret=interpret)
+    if platform == "tpu":
+        plan = linear.tpu.choose_plan(query, value, m, chunk_size or CHUNK[platform], **options)
+    else:
+        plan = linear.gpu.choose_plan(query, value, m, chunk_size, None if log_decay is None else "channel" if log_decay.shape[3] > 1 else "head", **options)
 
     def by_head(x):  # [B, T, heads, ..] -> [B, heads, .., padded T, .]
         x = jnp.pad(x, ((0, 0), (0, -t % plan.slab)) + ((0, 0),) * (x.ndim - 2))
@@ -52,9 +61,9 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (b, t, m, log_decay.shape[3]))
         log_decay = by_head(log_decay) if log_decay.shape[3] > 1 else jnp.swapaxes(by_head(log_decay), 2, 3)
-    tokens = kernels.Tokens(by_head(query.reshape(b, t, m, n // m, h)), by_head(key), by_head(value), log_decay)
-    state = kernels.State(state[..., :-1], state[:, :, None, :, -1]) if normalize else kernels.State(state, None)
+    tokens = linear.Tokens(by_head(query.reshape(b, t, m, n // m, h)), by_head(key), by_head(value), log_decay)
+    state = linear.State(state[..., :-1], state[:, :, None, :, -1]) if normalize else linear.State(state, None)
     tokens, state = vary((tokens, state), varying_axes(tokens, state))
-    out, (memory, normalizer) = kernels.attend(plan, tokens, state)
+    out, (memory, normalizer) = getattr(linear, platform).attend(plan, tokens, state)
     state = jnp.concatenate([memory, jnp.swapaxes(normalizer, 2, 3)], axis=-1) if normalize else memory
     return jnp.moveaxis(out, 3, 1)[:, :t].reshape(b, t, n, out.shape[-1]), state

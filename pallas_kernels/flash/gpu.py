@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as _like
 from jax import lax
 
-from pallas_kernels.flash.gpu_launch import Here, Output, Plan, launch, store
+from pallas_kernels.flash.gpu_launch import Here, Output, Plan, launch
 from pallas_kernels.flash.gpu_quick import quickened
 from pallas_kernels.flash.launch import flat_specs
 from pallas_kernels.flash.operands import form
 from pallas_kernels.flash.schedule import visits
-from pallas_kernels.flash.tiles import Tile, Tiles, power
+from pallas_kernels.flash.tiles import Tile, Tiles
 from pallas_kernels.parts import Cover
 from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.triton import power, store
 
 
 class Uniform(NamedTuple):

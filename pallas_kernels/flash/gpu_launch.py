@@ -17,8 +17,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.compat import results_like
 from pallas_kernels.flash.launch import Plan, flat_specs
 from pallas_kernels.flash.operands import form
-from pallas_kernels.flash.tiles import Tile, power
+from pallas_kernels.flash.tiles import Tile
 from pallas_kernels.parts import At
+from pallas_kernels.triton import load, whole, wide
 
 
 class Here(NamedTuple):
@@ -137,25 +138,6 @@ class Reader:
         return ref[start + b - a]
 
 
-def load(ref, array, at):
-    """Rows of a matrix, as wide as its reference."""
-    at, width = (*at, slice(None)), ref.shape[-1]
-    return ref[at] if width == array.shape[-1] else plgpu.load(ref.at[at], mask=_inside(width, array), other=0)
-
-
-def store(ref, array, x):
-    """Writes a block, of which the array may have fewer columns."""
-    x, width = x.astype(ref.dtype), ref.shape[-1]
-    if width == array.shape[-1]:
-        ref[...] = x
-    else:
-        plgpu.store(ref, x, mask=jnp.broadcast_to(_inside(width, array), x.shape))
-
-
-def _inside(width: int, array):
-    return lax.broadcasted_iota(jnp.int32, (1, width), 1) < array.shape[-1]
-
-
 class Output(NamedTuple):
     """An array that is written a block a program: its shape and dtype, the block (None removes an axis), and the numbers of a program's block."""
 
@@ -173,9 +155,9 @@ def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], pro
         None if plan.contiguous else {"query": data.query_positions, "key": data.key_positions},
         [x.reshape(-1) if f.kind == "offset" else x for x, f in zip(leaves, forms)], data.seed, data.origin, lists)
     arrays = jax.eval_shape(lambda: inputs)
-    specs = jax.tree.map(_whole, inputs)._replace(
-        query=_wide(data.query), key=_wide(data.key), value=None if data.value is None else _wide(data.value),
-        rows=jax.tree.map(lambda x: _wide(x) if x.ndim == 5 else _whole(x), inputs.rows))
+    specs = jax.tree.map(whole, inputs)._replace(
+        query=wide(data.query), key=wide(data.key), value=None if data.value is None else wide(data.value),
+        rows=jax.tree.map(lambda x: wide(x) if x.ndim == 5 else whole(x), inputs.rows))
     read, tree = jax.tree.flatten(inputs)
     written, outputs_tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
 
@@ -190,12 +172,3 @@ def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], pro
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages), interpret=plan.interpret, name=name,
     )(*read)
     return jax.tree.unflatten(outputs_tree, out)
-
-
-def _whole(x, width=None):
-    shape = (*x.shape[:-1], width or x.shape[-1])
-    return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
-
-
-def _wide(x):
-    return _whole(x, power(x.shape[-1]))

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from pallas_kernels.triton import power
+
 
 class Tile(NamedTuple):
     """``bq`` queries by ``bk`` keys (powers of two), worked on by ``warps`` of 32 threads with loads ``stages`` tiles ahead."""
@@ -68,8 +70,3 @@ def choose_tiles(device: str, size: int, itemsize: int, queries: int, keys: int,
         return tile._replace(bq=min(bq, power(queries)), bk=min(bk, power(keys)))
 
     return Tiles(*map(fit, tiles))
-
-
-def power(n: int, least: int = 16) -> int:
-    """The least power of two that is at least n and ``least``, by default the smallest side of a matrix product."""
-    return max(least, 1 << (n - 1).bit_length())
