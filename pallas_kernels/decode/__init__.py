@@ -1,5 +1,5 @@
 """A few queries against a long cache, on the tile mathematics: the cache read once, where it lies, in equal shares."""
 
-from pallas_kernels.decode.tpu import LANES, Packed, Plan, fold_rows
+from pallas_kernels.decode import gpu, tpu
 
-__all__ = ["LANES", "Packed", "Plan", "fold_rows"]
+__all__ = ["gpu", "tpu"]
