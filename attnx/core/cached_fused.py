@@ -101,7 +101,8 @@ class GpuCached(Cached):
         groups = sizes.heads // sizes.kv_heads
         count = groups * sizes.queries
         more, tail = -count % tiling.bq, -sizes.keys % self.block
-        work = share_out(*tile_table(self.program, data, self.block), self.splits)
+        some, every = tile_table(self.program, data, self.block)
+        work = share_out(some, every, self.splits)
         pages = None if data.pages is None else jnp.clip(data.pages, 0, data.key.shape[0] - 1)
         length, many = data.key.shape[1], 0 if pages is None else pages.shape[1]
 

@@ -49,6 +49,7 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
         return jnp.zeros((b, t, n, value.shape[3] - normalize), query.dtype), state
     interpret, platform = kernels
     options = dict(scale=scale, floor=floor, interpret=interpret)
+    plan: Any
     if platform == "tpu":
         plan = linear.tpu.choose_plan(query, value, m, chunk_size or CHUNK[platform], **options)
     else:

@@ -50,7 +50,7 @@ class FusedSelected(fused.Fused):
 
     def _kernels(self, name: str, tiling: Tiling, data: Data):
         if self.tiles is not None:
-            return partial(self._run_on_gpu, name)
+            return partial(self._run_on_gpu, name, tiling)
         run, steps = partial(self._run, name, tiling), self._steps(tiling, data)
         for axis in (1, 0):  # heads inside batch elements
             if math.prod(steps[axis:]) > SCALARS and data.query.shape[axis] > 1:
@@ -74,10 +74,10 @@ class FusedSelected(fused.Fused):
         choice = Choice(blocks.bq, blocks.bk, number, number - 1 if scored else None)
         return flash.Plan(program.specs, tiling.bq, tiling.bk, sizes.queries, sizes.keys, sizes.offsets[0], program.contiguous, self.interpret, choice), scored
 
-    def _run_on_gpu(self, name: str, data: Data, *args):
+    def _run_on_gpu(self, name: str, tiling: Tiling, data: Data, *args):
         """A fold whose tiles lie in one chosen block each, and have a list for every head that chooses for itself."""
         program, blocks, operands = self.program, self.gathered.tiling, data.operands
-        plan, scored = self._plan(Tiling(*self.tiles.largest, 1) if name == "fold_keys" else self.tiling)
+        plan, scored = self._plan(tiling)
 
         def table(bq, bk):
             chosen = _by_tile(data.query.shape[3] // bq, blocks.bq, bq, operands.mask[0], fill=-1)
@@ -175,6 +175,7 @@ def choose_fused(program: Program, data: Data, gathered: Selected) -> FusedSelec
         raise NotImplementedError(f"{lacks} take no operands with axes of their own (None among an Operand's axes) on a GPU; {instead}")
     device = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
     chosen = choose_tiles(device, max(h, hv), dtype.itemsize, program.sizes.queries, program.sizes.keys, busy=True)
-    chosen = Tiles(*(tile._replace(bq=min(tile.bq, bq), bk=min(tile.bk, bk)) for tile in chosen))
-    tiling = Tiling(chosen.rows.bq, chosen.rows.bk, 1)
-    return FusedSelected(without_padding(program, Tiling(*map(max, zip(tiling[:2], chosen.largest)), 1)), tiling, chosen, interpret, gathered)
+    chosen = Tiles(*(tile._replace(bq=min(tile.bq, bq), bk=min(tile.bk, bk), warps=4 if bq * bk < 4096 else tile.warps) for tile in chosen))
+    (rows, keys), largest = chosen.rows[:2], chosen.largest
+    padded = Tiling(max(rows, largest[0]), max(keys, largest[1]), 1)
+    return FusedSelected(without_padding(program, padded), Tiling(rows, keys, 1), chosen, interpret, gathered)

@@ -61,6 +61,8 @@ class Lists(NamedTuple):
 class CacheReader(Reader):
     """Reads keys and values from a cache [tokens of all sequences or pages, K, H]."""
 
+    plan: Plan
+
     def keys(self, here: Here) -> Block:
         """As :meth:`Reader.keys`."""
         plan, slot = self.plan, here.j * self.tile.bk + lax.iota(jnp.int32, self.tile.bk)

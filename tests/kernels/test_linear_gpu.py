@@ -25,7 +25,7 @@ def short_slabs(monkeypatch):
     monkeypatch.setattr(gpu, "PROGRAMS", 20)
 
 
-@pytest.mark.parametrize("name", ["no decay, normalised", "constant", "per head, shared state, documents", "per channel, documents"])
+@pytest.mark.parametrize("name", ["constant", "per head, shared state, documents", "per channel, documents"])
 def test_agrees_with_the_definition(name, x64):
     arguments = case(name, length=LENGTH)
     with fused.forced(platform="gpu"):
@@ -59,24 +59,13 @@ def test_every_strength_of_decay_to_rounding(channels):
         np.testing.assert_allclose(gpu_tile.decayed(x, reach(32), given), like[0], atol=2e-6)
 
 
-def test_transformations():
-    """vmap, remat, features of the caller; sizes of zero and one."""
-    (query, key, value, _, _), _, _, _ = case("no decay, documents", np.float32, length=20)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient(implementation, *arrays):
-        def one(*x):
-            return linear_attention(*(x[None] for x in x), feature_map=jnp.exp, normalize=True, implementation=implementation)[0]
-
-        return jax.grad(lambda *arrays: jnp.sum(jnp.sin(jax.vmap(jax.checkpoint(one))(*arrays))), argnums=(0, 1, 2))(*arrays)
-
+@pytest.mark.parametrize("shape", [(0, 5, 2, 4), (1, 0, 2, 4), (1, 1, 1, 1)])
+def test_small_and_empty(shape):
+    x = jnp.ones(shape)
+    call = functools.partial(linear_attention, x, x, x, normalize=True, return_state=True, feature_map=jnp.exp)
     with fused.forced(platform="gpu"):
-        got = gradient("pallas", query, key, value)
-        for shape in ((0, 5, 2, 4), (1, 0, 2, 4), (1, 1, 1, 1)):
-            x = jnp.ones(shape)
-            small = linear_attention(x, x, x, normalize=True, return_state=True, implementation="pallas")
-            agreement.assert_agree(small, linear_attention(x, x, x, normalize=True, return_state=True, implementation="chunked"), 1e-6)
-    agreement.assert_agree(got, gradient("chunked", query, key, value), 1e-5)
+        got = call(implementation="pallas")
+    agreement.assert_agree(got, call(implementation="chunked"), 1e-6)
 
 
 def lower(decay=None, length=256, size=64, value_size=64, dtype=jnp.bfloat16, axes=(), **options):
@@ -84,7 +73,7 @@ def lower(decay=None, length=256, size=64, value_size=64, dtype=jnp.bfloat16, ax
     shapes = (1, length, 4, size), (1, length, 2, size), (1, length, 2, value_size)
 
     def loss(query, key, value, log_decay):
-        return linear_attention(query, key, value, log_decay=log_decay, implementation="pallas", **options).astype(jnp.float32).sum()
+        return (linear_attention(query, key, value, log_decay=log_decay, implementation="pallas", **options).astype(jnp.float32) ** 2).sum()
 
     decay = None if decay is None else jax.ShapeDtypeStruct(decay, jnp.float32)
     return kernels(jax.grad(loss, (0, 1, 2, 3)[: 3 + (decay is not None)]), *(jax.ShapeDtypeStruct(s, dtype) for s in shapes), decay)
@@ -106,16 +95,19 @@ def test_lowers_for_an_h200(name):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-def test_shards_lower():
-    """With what varies over devices checked."""
+def test_transformations_lower():
+    """shard_map, with what varies over devices checked, vmap and remat."""
     spec = jax.sharding.PartitionSpec("data")
 
+    def one(x, decay):
+        return linear_attention(x[None], x[None], x[None], log_decay=decay, implementation="pallas")[0]
+
     def loss(x, decay):
-        attend = lambda x, decay: linear_attention(x, x, x, log_decay=decay, implementation="pallas")
-        return jax.shard_map(attend, in_specs=(spec, None), out_specs=spec)(x, decay).astype(jnp.float32).sum()
+        many = jax.vmap(jax.checkpoint(one), (0, None))
+        return (jax.shard_map(many, in_specs=(spec, None), out_specs=spec)(x, decay).astype(jnp.float32) ** 2).sum()
 
     shapes = jax.ShapeDtypeStruct((4, 128, 1, 32), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.float32)
-    assert kernels(jax.grad(loss, argnums=(0, 1)), *shapes, axes=("data",)) == 5
+    assert kernels(jax.grad(loss, argnums=(0, 1)), *shapes, axes=("data",)) >= 5
 
 
 def test_says_what_it_lacks():
