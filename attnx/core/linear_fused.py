@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from attnx.core import fused
@@ -42,29 +43,46 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
       state: [B, M, H, Hv] or, with ``normalize``, [B, M, H, Hv + 1], whose last column is the normaliser.
       kernels: what :func:`check_kernel` says.
     """
-    (b, t, n, h), m = query.shape, state.shape[1]
+    (b, t, n, _), m = query.shape, state.shape[1]
     if not query.size:  # states alone
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1) if normalize else value
         out, state = forms.chunked(query, key, value, log_decay, state, features=lambda x: x, chunk_size=None)
         return jnp.zeros((b, t, n, value.shape[3] - normalize), query.dtype), state
     interpret, platform = kernels
     options = dict(scale=scale, floor=floor, interpret=interpret)
-    plan: Any
-    if platform == "tpu":
-        plan = linear.tpu.choose_plan(query, value, m, chunk_size or CHUNK[platform], **options)
-    else:
-        plan = linear.gpu.choose_plan(query, value, m, chunk_size, None if log_decay is None else "channel" if log_decay.shape[3] > 1 else "head", **options)
-
-    def by_head(x):  # [B, T, heads, ..] -> [B, heads, .., padded T, .]
-        x = jnp.pad(x, ((0, 0), (0, -t % plan.slab)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x, 1, -2)
-
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (b, t, m, log_decay.shape[3]))
+    form = _on_tpu if platform == "tpu" else _on_gpu
+    state = linear.State(state[..., :-1], state[:, :, None, :, -1]) if normalize else linear.State(state, None)
+    out, (memory, normalizer) = form(query, key, value, log_decay, state, chunk_size, options)
+    return out[:, :t], jnp.concatenate([memory, jnp.swapaxes(normalizer, 2, 3)], axis=-1) if normalize else memory
+
+
+def _on_tpu(query, key, value, log_decay, state, chunk_size, options):
+    (b, t, n, h), m = query.shape, state.memory.shape[1]
+    plan = linear.tpu.choose_plan(query, value, m, chunk_size or CHUNK["tpu"], **options)
+
+    def by_head(x):  # [B, T, heads, ..] -> [B, heads, .., padded T, .]
+        return jnp.moveaxis(_whole(x, plan), 1, -2)
+
+    if log_decay is not None:
         log_decay = by_head(log_decay) if log_decay.shape[3] > 1 else jnp.swapaxes(by_head(log_decay), 2, 3)
     tokens = linear.Tokens(by_head(query.reshape(b, t, m, n // m, h)), by_head(key), by_head(value), log_decay)
-    state = linear.State(state[..., :-1], state[:, :, None, :, -1]) if normalize else linear.State(state, None)
-    tokens, state = vary((tokens, state), varying_axes(tokens, state))
-    out, (memory, normalizer) = getattr(linear, platform).attend(plan, tokens, state)
-    state = jnp.concatenate([memory, jnp.swapaxes(normalizer, 2, 3)], axis=-1) if normalize else memory
-    return jnp.moveaxis(out, 3, 1)[:, :t].reshape(b, t, n, out.shape[-1]), state
+    out, state = linear.tpu.attend(plan, *_vary(tokens, state))
+    return jnp.moveaxis(out, 3, 1).reshape(b, -1, n, out.shape[-1]), state
+
+
+def _on_gpu(query, key, value, log_decay, state, chunk_size, options):
+    decay = None if log_decay is None else "channel" if log_decay.shape[3] > 1 else "head"
+    plan = linear.gpu.choose_plan(query, value, state.memory.shape[1], chunk_size, decay, **options)
+    tokens = linear.Tokens(query, key, value, log_decay[..., 0] if decay == "head" else log_decay)
+    return linear.gpu.attend(plan, *_vary(jax.tree.map(lambda x: _whole(x, plan), tokens), state))
+
+
+def _whole(x, plan):
+    """With tokens [B, T, ..] of whole slabs."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % plan.slab)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _vary(*trees):
+    return vary(trees, varying_axes(*trees))

@@ -6,12 +6,12 @@ import jax
 
 
 class Tokens(NamedTuple):
-    """What varies along the sequence, of length T, a multiple of a slab.
+    """What varies along the sequence, of length T, a multiple of a slab: on a TPU heads first, on a GPU tokens first, as a call brings them.
 
     Attributes:
-      query: [B, M, G, T, H], for each of M states its G queries.
-      key, value: [B, K, T, H], [B, K, T, Hv]; M a multiple of K.
-      log_decay: [B, M, 1, T] (one for the head), [B, M, T, H] (one for each channel), or None.
+      query: [B, M, G, T, H], for each of M states its G queries; or [B, T, M G, H].
+      key, value: [B, K, T, H], [B, K, T, Hv], M a multiple of K; or [B, T, K, H], [B, T, K, Hv].
+      log_decay: [B, M, 1, T] (one for the head), [B, M, T, H] (one for each channel), or None; or [B, T, M], [B, T, M, H].
     """
 
     query: Any
@@ -37,8 +37,8 @@ def differentiated_once(rule):
     return rule
 
 
-def shared(gradient, like):
-    """The gradient of keys or values, summed over the states [B, M, ..] of each of their heads [B, K, ..]."""
+def shared(gradient, like, axis: int = 1):
+    """The gradient of keys or values, summed over the states of each of their heads, which ``axis`` has."""
     if gradient.shape != like.shape:
-        gradient = gradient.reshape(*like.shape[:2], -1, *like.shape[2:]).sum(2)
+        gradient = gradient.reshape(*like.shape[:axis + 1], -1, *like.shape[axis + 1:]).sum(axis + 1)
     return gradient.astype(like.dtype)

@@ -42,11 +42,11 @@ def choose_plan(query, value, states: int, chunk: int | None, decay: str | None,
     slabs = max(1, min(-(-PROGRAMS // programs), chunks // SHORTEST, SLABS))
     chunks = -(-chunks // slabs)
     kept = min(kept, chunks)
-    return Plan(chunk, chunks + -chunks % kept, kept, columns, **options)
+    return Plan(states, chunk, chunks + -chunks % kept, kept, columns, **options)
 
 
 def attend(plan: Plan, tokens: Tokens, state: State):
-    """``(out [B, M, G, T, Hv] in the query's dtype, state after the last token)``; reverse mode differentiates it once."""
+    """``(out [B, T, M G, Hv] in the query's dtype, state after the last token)``; reverse mode differentiates it once."""
     (h, hv), size = state.memory.shape[2:], power(tokens.key.shape[3])
     widen = lambda x, *sizes: jnp.pad(x, [(0, 0)] * 2 + [(0, size - n) for size, n in zip(sizes, x.shape[2:])])
     memory = widen(state.memory, size, width(plan, tokens.value))
@@ -62,7 +62,7 @@ def _attend(plan, tokens, state):
 
 def _forward(plan, tokens, state):
     """``(out, state, states that arrive at the slabs [B, M, slabs, ...], denominators [B, M, G, T] or None)``."""
-    b, m, g, t, _ = tokens.query.shape
+    (b, t, n, _), m = tokens.query.shape, plan.states
     read, write = _chunk_functions(plan, tokens)
     arriving = jax.tree.map(lambda x: x[:, :, None], state)
     if slabs_of(plan, tokens) > 1:
@@ -79,16 +79,16 @@ def _forward(plan, tokens, state):
                 if denominator is not None:
                     numerator = numerator * _factor(plan, denominator)
                     pl.when(here.v == 0)(lambda: denominators.write(denominator[:, 0], here.b, here.m, n, here.span(c)))
-                out.write(numerator if denominator is not None else numerator * plan.scale, here.b, here.m, n, here.span(c), here.columns)
+                out.write(numerator if denominator is not None else numerator * plan.scale, *here.queries(c, n), here.columns)
                 return _
 
-            _loop(g, head, None)
+            _loop(here.groups, head, None)
             return write(key, value, log_decay, *state)
 
         here.put(leaving, here.s, _loop(plan.chunks, step, here.get(arriving, here.s)))
 
-    out = Field(jax.ShapeDtypeStruct((b, m, g, t, tokens.value.shape[3]), tokens.query.dtype), width(plan, tokens.value))
-    denominators = None if state.normalizer is None else Field(jax.ShapeDtypeStruct((b, m, g, t), state.normalizer.dtype))
+    out = Field(jax.ShapeDtypeStruct((b, t, n, tokens.value.shape[3]), tokens.query.dtype), width(plan, tokens.value))
+    denominators = None if state.normalizer is None else Field(jax.ShapeDtypeStruct((b, m, n // m, t), state.normalizer.dtype))
     out, denominators, leaving = launch(plan, tokens, "linear_forward", program, (token_fields(plan, tokens), plain(arriving)),
                                        (out, denominators, jax.tree.map(lambda x: stacked(x, x.shape[2]), arriving)))
     return out, jax.tree.map(lambda x: x[:, :, -1], leaving), arriving, denominators
@@ -104,10 +104,11 @@ def _keep(plan, tokens, state):
 def _backward(plan, residuals, cotangents):
     """The gradients of tokens and initial state."""
     tokens, arriving, denominators, out = residuals
-    (dout, dfinal), (b, m, g, _, _), slabs, rows = cotangents, tokens.query.shape, slabs_of(plan, tokens), None
+    (dout, dfinal), m, slabs, rows = cotangents, plan.states, slabs_of(plan, tokens), None
     if denominators is not None:  # out = numerator * factor(denominator)
         factor, pull = jax.vjp(partial(_factor, plan), denominators)
         along = jnp.sum(dout.astype(factor.dtype) * out.astype(factor.dtype), axis=-1)
+        along = jnp.moveaxis(along, 1, 2).reshape(factor.shape)
         rows = factor, *pull(jnp.where(factor != 0, along / jnp.where(factor != 0, factor, 1), 0))
     departing = jax.tree.map(lambda x: x[:, :, None], dfinal)
     if slabs > 1:
@@ -128,10 +129,10 @@ def _backward(plan, residuals, cotangents):
 
             def head(n, sums):
                 found = pull_read((here.query(tokens, c, n), *keys, *state), here.cotangents(dout, rows, c, n))
-                dtokens.query.write(found[0], here.v, here.b, here.m, n, here.span(c), ALL)
+                dtokens.query.write(found[0], here.v, *here.queries(c, n), ALL)
                 return jax.tree.map(jnp.add, sums, tuple(found[1:]))
 
-            *dkeys, dmemory, dnormalizer = _loop(g, head, tuple(pull_write((*keys, *state), later)))
+            *dkeys, dmemory, dnormalizer = _loop(here.groups, head, tuple(pull_write((*keys, *state), later)))
             here.put_gradients(dtokens, c, *dkeys)
             return dmemory, dnormalizer
 
@@ -141,18 +142,18 @@ def _backward(plan, residuals, cotangents):
 
     blocks, wide = width(plan, tokens.value) // plan.columns, accumulator_dtype(tokens.key.dtype)
 
-    def each(x, *lead):  # a gradient of each program that has one of its own
-        whole = (*lead, *x.shape[2:]) == (1, *x.shape)
-        return jax.ShapeDtypeStruct((*lead, *x.shape[2:]), x.dtype if whole or x.shape[:2] == lead else wide)
+    def each(x, heads, *lead):  # a gradient of each program that has one of its own
+        alone = heads == x.shape[2] and lead in ((), (1,))
+        return jax.ShapeDtypeStruct((*lead, *x.shape[:2], heads, *x.shape[3:]), x.dtype if alone else wide)
 
     fields = token_fields(plan, tokens)
-    like = Tokens(each(tokens.query, blocks, b, m), each(tokens.key, blocks, b, m), each(tokens.value, b, m),
-                  jax.tree.map(lambda x: each(x, blocks, b, m), tokens.log_decay))
+    like = Tokens(each(tokens.query, tokens.query.shape[2], blocks), each(tokens.key, m, blocks), each(tokens.value, m),
+                  jax.tree.map(lambda x: each(x, m, blocks), tokens.log_decay))
     dtokens = jax.tree.map(lambda field, x: Field(x, field.width), fields, like, is_leaf=lambda x: isinstance(x, Field))
     inputs = fields, plain(states), plain(departing), Field(dout, width(plan, tokens.value)), jax.tree.map(Field, rows)
     dtokens, dstate = launch(plan, tokens, "linear_backward", program, inputs, (dtokens, jax.tree.map(lambda x: stacked(x, slabs), departing)))
     dtokens = Tokens(*(x.sum(0) for x in dtokens[:2]), dtokens.value, jax.tree.map(lambda x: x.sum(0), dtokens.log_decay))
-    return jax.tree.map(shared, dtokens, tokens), jax.tree.map(lambda x: x[:, :, 0], dstate)
+    return jax.tree.map(partial(shared, axis=2), dtokens, tokens), jax.tree.map(lambda x: x[:, :, 0], dstate)
 
 
 _attend.defvjp(_keep, _backward)
@@ -199,7 +200,7 @@ def _state_changes(plan, tokens, dout, rows, later):
                 memory = sums[0] + gpu_tile.matmul(query, numerator, (0, 0), narrow)
                 return memory, None if denominator is None else sums[1] + jnp.sum(query * denominator, axis=0, keepdims=True)
 
-            return _loop(tokens.query.array.shape[2], head, gpu_tile.forgotten(*state, lost))
+            return _loop(here.groups, head, gpu_tile.forgotten(*state, lost))
 
         here.put(changes, here.s, _loop(plan.chunks, step, here.get(later, here.s)))
 
@@ -211,12 +212,11 @@ def _scan(plan, tokens, state, added, *, reverse):
     """The states that arrive at the slabs, the first given, where each forgets and adds what is said; from the last on if ``reverse``."""
     lost, slabs = None, slabs_of(plan, tokens)
     if tokens.log_decay is not None:
-        axis = 2 if tokens.log_decay.shape[2] > 1 else 3
         decay = jnp.maximum(tokens.log_decay, gpu_tile.LOWEST)
-        decay = decay.reshape(*decay.shape[:axis], slabs, plan.slab, *decay.shape[axis + 1:]).sum(axis + 1)  # [B, M, slabs, H] or [B, M, 1, slabs]
-        lost = jnp.moveaxis(decay, axis, 0)[..., None, :] if axis == 2 else jnp.moveaxis(decay, 3, 0)[..., None]  # [slabs, B, M, 1, H or 1]
-        size = state.memory.shape[2]
-        lost = jnp.pad(lost, [(0, 0)] * 4 + [(0, size - lost.shape[-1])]) if axis == 2 else lost
+        decay = decay if decay.ndim == 4 else decay[..., None]
+        lost = jnp.moveaxis(decay.reshape(decay.shape[0], slabs, plan.slab, *decay.shape[2:]).sum(2), 1, 0)[..., None, :]  # [slabs, B, M, 1, H or 1]
+        more = state.memory.shape[2] - lost.shape[-1] if tokens.log_decay.ndim == 4 else 0
+        lost = jnp.pad(lost, [(0, 0)] * 4 + [(0, more)])
 
     def step(state, change):
         lost, added = change

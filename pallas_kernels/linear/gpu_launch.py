@@ -24,6 +24,7 @@ class Plan:
     """The static half of a call.
 
     Attributes:
+      states: M, of a batch element.
       chunk: tokens of a chunk, a power of two and at least 16.
       chunks: chunks of a slab, a multiple of ``kept``.
       kept: chunks of which a gradient keeps the first state, and from it recomputes the others'.
@@ -33,6 +34,7 @@ class Plan:
       interpret: as for ``pallas_call``.
     """
 
+    states: int
     chunk: int
     chunks: int
     kept: int
@@ -69,6 +71,7 @@ class Here:
     """A program's place - batch element, state, slab, block of columns - and what it reads and writes there."""
 
     plan: Plan
+    groups: int  # queries of a state
     share: int  # states of a key head
     v: Any
     s: Any
@@ -84,28 +87,32 @@ class Here:
         """The tokens of a chunk of the slab."""
         return pl.ds((self.s * self.plan.chunks + c) * self.plan.chunk, self.plan.chunk)
 
+    def queries(self, c, n):
+        """Where the n-th query of each of a chunk's tokens is."""
+        return self.b, self.span(c), self.m * self.groups + n
+
     def keys(self, tokens, c):
         """Key [C, H], value [C, columns] and log-decay of a chunk."""
         head = lax.div(self.m, jnp.int32(self.share))
-        key, value = tokens.key.read(self.b, head, self.span(c), ALL), tokens.value.read(self.b, head, self.span(c), self.columns)
+        key, value = tokens.key.read(self.b, self.span(c), head, ALL), tokens.value.read(self.b, self.span(c), head, self.columns)
         return *(x.astype(accumulator_dtype(x.dtype)) for x in (key, value)), self.decay(tokens, c)
 
     def decay(self, tokens, c):
         """The log-decay of a chunk: None, [1, C] or [C, H]."""
         if tokens.log_decay is None:
             return None
-        if tokens.log_decay.array.shape[2] > 1:
-            return jnp.maximum(tokens.log_decay.read(self.b, self.m, self.span(c), ALL), gpu_tile.LOWEST)
-        return jnp.maximum(tokens.log_decay.read(self.b, self.m, 0, self.span(c)), gpu_tile.LOWEST)[None]
+        if tokens.log_decay.array.ndim == 4:
+            return jnp.maximum(tokens.log_decay.read(self.b, self.span(c), self.m, ALL), gpu_tile.LOWEST)
+        return jnp.maximum(tokens.log_decay.ref[self.b, self.span(c), self.m], gpu_tile.LOWEST)[None]
 
     def query(self, tokens, c, n):
         """The n-th query of each of a chunk's tokens, [C, H]."""
-        x = tokens.query.read(self.b, self.m, n, self.span(c), ALL)
+        x = tokens.query.read(*self.queries(c, n), ALL)
         return x.astype(accumulator_dtype(x.dtype))
 
     def cotangents(self, dout, rows, c, n):
         """Those of the numerators [C, columns] and of the denominators [C, 1], the latter in one program alone; or None."""
-        x = dout.read(self.b, self.m, n, self.span(c), self.columns)
+        x = dout.read(*self.queries(c, n), self.columns)
         x = x.astype(accumulator_dtype(x.dtype))
         if rows is None:
             return x * self.plan.scale, None
@@ -114,12 +121,12 @@ class Here:
 
     def put_gradients(self, dtokens, c, key, value, log_decay):
         """Writes those of what :meth:`keys` has read, as this program has them."""
-        dtokens.key.write(key, self.v, self.b, self.m, self.span(c), ALL)
-        dtokens.value.write(value, self.b, self.m, self.span(c), self.columns)
+        dtokens.key.write(key, self.v, self.b, self.span(c), self.m, ALL)
+        dtokens.value.write(value, self.b, self.span(c), self.m, self.columns)
         if log_decay is not None and log_decay.shape[0] > 1:
-            dtokens.log_decay.write(log_decay, self.v, self.b, self.m, self.span(c), ALL)
+            dtokens.log_decay.write(log_decay, self.v, self.b, self.span(c), self.m, ALL)
         elif log_decay is not None:
-            dtokens.log_decay.write(log_decay[0], self.v, self.b, self.m, 0, self.span(c))
+            dtokens.log_decay.ref[self.v, self.b, self.span(c), self.m] = log_decay[0]
 
     def get(self, states, n):
         """The n-th of the states along the sequence."""
@@ -135,15 +142,14 @@ class Here:
 
 def launch(plan, tokens, name, program: Callable, inputs, outputs):
     """``program(here, inputs, outputs)`` for every block of columns, slab, state and batch element; pytrees of :class:`Field`, outputs of arrays."""
-    b, m, _, t, h = tokens.query.shape
+    (b, t, n, h), m = tokens.query.shape, plan.states
     is_field = lambda x: isinstance(x, Field)
     (read, in_tree), (written, out_tree) = (jax.tree.flatten(x, is_leaf=is_field) for x in (inputs, outputs))
-    share = m // tokens.key.shape[1]
 
     def kernel(*refs):
         fields = [dataclasses.replace(field, ref=ref) for field, ref in zip((*read, *written), refs)]
         ids = [pl.program_id(axis) for axis in range(4)]
-        program(Here(plan, share, *ids), jax.tree.unflatten(in_tree, fields[:len(read)]), jax.tree.unflatten(out_tree, fields[len(read):]))
+        program(Here(plan, n // m, m // tokens.key.shape[2], *ids), jax.tree.unflatten(in_tree, fields[:len(read)]), jax.tree.unflatten(out_tree, fields[len(read):]))
 
     specs = lambda fields: [whole(field.array, field.width) for field in fields]
     arrays = [field.array for field in read]
@@ -155,7 +161,7 @@ def launch(plan, tokens, name, program: Callable, inputs, outputs):
 
 
 def slabs_of(plan, tokens):
-    return tokens.query.shape[3] // plan.slab
+    return tokens.query.shape[1] // plan.slab
 
 
 def width(plan, value):
@@ -164,12 +170,9 @@ def width(plan, value):
 
 
 def token_fields(plan, tokens):
-    return Tokens(Field(tokens.query, power(tokens.query.shape[4])), Field(tokens.key, power(tokens.key.shape[3])),
-                  Field(tokens.value, width(plan, tokens.value)), _decay_field(tokens.log_decay))
-
-
-def _decay_field(x):
-    return None if x is None else Field(x, power(x.shape[-1]) if x.shape[-2] > 1 else None)
+    decay = tokens.log_decay
+    return Tokens(Field(tokens.query, power(tokens.query.shape[3])), Field(tokens.key, power(tokens.key.shape[3])),
+                  Field(tokens.value, width(plan, tokens.value)), None if decay is None else Field(decay, power(decay.shape[3]) if decay.ndim == 4 else None))
 
 
 def plain(states):
