@@ -137,8 +137,8 @@ def _linear(decay: tuple | None):
     x, tokens = _like(1, HEADS, LENGTH, SIZE), _like(1, LENGTH, HEADS, SIZE)
     log_decay = None if decay is None else _like(1, HEADS, *decay, dtype="float32")
     state = linear.State(_like(1, HEADS, SIZE, SIZE, dtype="float32"), None)
-    plan = linear.choose_plan(tokens, tokens, HEADS, fused.default_sizes("linear", "tpu", tokens), CHUNK)
-    return _gradient(partial(linear.attend, plan), linear.Tokens(_like(1, HEADS, 1, LENGTH, SIZE), x, x, log_decay), state)
+    plan = linear.tpu.choose_plan(tokens, tokens, HEADS, fused.default_sizes("linear", "tpu", tokens), CHUNK)
+    return _gradient(partial(linear.tpu.attend, plan), linear.Tokens(_like(1, HEADS, 1, LENGTH, SIZE), x, x, log_decay), state)
 
 
 def _decode(paged: bool):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from attnx.core import checks
 from attnx.core.attention import execute, execute_reference, no_tiles, sink_of, with_sink
 from attnx.core.cache import computation_dtype
-from attnx.core.cached import CachedData, canonical, choose_cached, choose_fused, merge_results
+from attnx.core.cached import CachedData, canonical, merge_results
+from attnx.core.cached_fused import choose_cached, choose_fused
 from attnx.core.fused import prefer
 from attnx.core.program import Program, bind, unbind_output
 from attnx.core.tiling import map_operands
@@ -47,7 +48,7 @@ def decode(query: Float[Array, "B t N H"], key_cache: Float[Array, "B L K H"], v
       splits: into how many equal shares the reading is cut, to be done side by side and merged; by default what suits the backend. More than one
         need exponential weights.
       block_size: tokens of a tile, with pages a multiple of p; chosen by default.
-      implementation: "reference" (materialised), "blockwise" (XLA, any backend), "pallas" (TPU kernel), or None for the best that serves the call.
+      implementation: "reference" (materialised), "blockwise" (XLA, any backend), "pallas" (TPU and GPU kernels), or None for the best that serves the call.
       return_residual: also return r [B, t, N], as in :func:`attnx.attention`.
 
     Returns:

@@ -25,9 +25,9 @@ def compile_for_tpu(chip, decay, *, length, **options):
     tokens, state = arrays(decay, length=length, **options)
     (b, m, g, t, h), hv = tokens.query.shape, tokens.value.shape[3]
     query, value = jax.ShapeDtypeStruct((b, t, m * g, h), tokens.query.dtype), jax.ShapeDtypeStruct((b, t, m, hv), tokens.value.dtype)
-    plan = linear.choose_plan(query, value, m, look_up("linear, tpu", "", 0, 0), 128)
+    plan = linear.tpu.choose_plan(query, value, m, look_up("linear, tpu", "", 0, 0), 128)
 
-    done = compile_gradient(chip, partial(linear.attend, plan), tokens, state)
+    done = compile_gradient(chip, partial(linear.tpu.attend, plan), tokens, state)
     return done, t // plan.slab * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
