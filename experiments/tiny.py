@@ -22,7 +22,7 @@ class Tiny(nnx.Module):
       position: 'learned' or 'sinusoidal' vectors added to the inputs, or None.
       max_length: of learned positions.
       pooled: whether outputs are of the mean over tokens rather than of each.
-      norm: of the residual stream.
+      norm, norm_position: of the residual stream, see :class:`attnx.nn.TransformerBlock`.
 
     >>> import attnx
     >>> model = Tiny(16, [lambda rngs: attnx.nn.Attention(16, 2, mechanism=attnx.pairs(), rngs=rngs)] * 2, inputs=10, rngs=nnx.Rngs(0))
@@ -32,7 +32,7 @@ class Tiny(nnx.Module):
 
     def __init__(self, features: int, attention: Sequence[Callable], *, inputs: int | None = None, outputs: int | None = None, input_size: int | None = None,
                  hidden: int | None = None, position: str | None = None, max_length: int | None = None, pooled: bool = False, norm: str = "rms",
-                 rngs: nnx.Rngs):
+                 norm_position: str = "pre", rngs: nnx.Rngs):
         hidden = hidden or -(-features * 8 // 48) * 16
         scaled = nnx.initializers.variance_scaling(1 / (2 * max(len(attention), 1)), "fan_in", "truncated_normal")
         if inputs is None:
@@ -41,22 +41,28 @@ class Tiny(nnx.Module):
         else:
             self.embedding = Embedding(inputs, features, position=position, max_length=max_length, rngs=rngs)
         self.blocks = nnx.List([TransformerBlock(features, attention=make(rngs), mlp=MLP(features, hidden, out_kernel_init=scaled, rngs=rngs), norm=norm,
-                                                 rngs=rngs) for make in attention])
+                                                 norm_position=norm_position, rngs=rngs) for make in attention])
         self.norm = make_norm(norm, features, rngs=rngs)
         self.head = nnx.data(None) if outputs is None else nnx.Linear(features, outputs, rngs=rngs)
         self.pooled = pooled
 
-    def hidden(self, x, **options):
-        """[B, T, D], normalised; options as of :class:`attnx.nn.TransformerBlock` (positions, segment_ids, hooks, ...)."""
+    def states(self, x, **options) -> list[jax.Array]:
+        """[B, T, D] after each block; options as of :class:`attnx.nn.TransformerBlock` (positions, segment_ids, hooks, ...)."""
         if self.embedding is not None:
             x = self.embedding(x, options.get("positions"))
         else:
             x = self.linear(x)
             if self.places is not None:
                 x = x + self.places(jnp.zeros(x.shape[:2], jnp.int32)) - self.places.table[...][0]
+        states = []
         for index, block in enumerate(self.blocks):
             x = block(x, layer=index, **options)
-        return self.norm(x)
+            states.append(x)
+        return states
+
+    def hidden(self, x, **options):
+        """[B, T, D], normalised; options as of :meth:`states`."""
+        return self.norm(self.states(x, **options)[-1])
 
     def __call__(self, x, **options) -> jax.Array:
         """[B, T, outputs], or [B, outputs] if pooled."""

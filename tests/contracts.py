@@ -149,7 +149,7 @@ def shapes_and_dtypes(subject):
     for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
         inputs = subject.arrays(dtype)
         out = jax.eval_shape(functools.partial(subject.call, subject.definition), inputs)
-        sizes = {letter: size for name in inputs for letter, size in zip(subject.example.axes(name), jnp.shape(inputs[name]))}
+        sizes = {letter: size for name in inputs if subject.example.axes(name) for letter, size in zip(subject.example.axes(name), inputs[name].shape)}
         require(len(out.shape) == len(subject.example.output), f"output {out.shape} for axes {subject.example.output!r}")
         require(all(sizes.get(letter, size) == size for letter, size in zip(subject.example.output, out.shape)),
                 f"output {out.shape} for axes {subject.example.output!r} of sizes {sizes}")
@@ -242,11 +242,13 @@ def causality(subject):
             if causal:
                 error = differ(other[:first], out[:first])
                 require(error < EXACT, f"outputs before {first} change by {error:.1e} with what comes from there on ({execution})")
-        last = subject.change(inputs, "s", jnp.arange(length) == length - 1)
+        first_key, last_key = (min(size, length) - 1, 0) if subject.example.local else (0, length - 1)
+        last = subject.change(inputs, "s", jnp.arange(length) == last_key)
         other = jnp.moveaxis(subject.value(last, execution), axis, 0)
         if not causal:
             require(differ(other[:1], out[:1]) > 1e-6, f"not causal, but the first output ignores the last key ({execution})")
-        past = subject.change(inputs, "s", jnp.arange(length) == 0, keep=tuple(n for n, at in subject.positions("t").items() if at and subject.pattern.endswith("cross")))
+        kept = tuple(name for name, at in subject.positions("t").items() if at and subject.pattern.endswith("cross"))
+        past = subject.change(inputs, "s", jnp.arange(length) == first_key, keep=kept)
         other = jnp.moveaxis(subject.value(past, execution), axis, 0)
         require(differ(other[min(size, length) - 1], out[min(size, length) - 1]) > 1e-9, f"the last output ignores the first key ({execution})")
 
@@ -275,9 +277,9 @@ def mask_respect(subject):
     name = subject.example.mask
     if not name:
         return
-    letter = subject.example.axes(name)[1]
+    letter = subject.example.axes(name)[-1]
     inputs = subject.arrays()
-    length = inputs[name].shape[1]
+    length = inputs[name].shape[-1]
     seen = jnp.arange(length) < max(length - 3, 1)
     inputs[name] = jnp.broadcast_to(seen, inputs[name].shape)
     axes = subject.example.output

@@ -94,6 +94,8 @@ def test_the_commands_of_this_project_can_be_found():
     ("train --heads 3", "num_heads"),
     ("train --mesh-data 5", "mesh: expected sizes whose product is the number of devices"),
     ("generate /no/such/run", "no run in /no/such/run"),
+    ("generate no.gguf", "no model in 'no.gguf': expected a .gguf file"),
+    ("fetch smollm", "unknown model 'smollm'; expected one of: minilm-l6, smollm2-135m"),
     ("generate . --temperature -1", "--temperature: expected 0 or more"),
     ("generate . --top-k 0", "--top-k: expected 1 to 256, got 0"),
 ])

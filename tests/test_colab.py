@@ -27,5 +27,4 @@ def test_notebook(name, monkeypatch):
     notebook.cells = [cell for cell in notebook.cells if cell not in installs]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()

@@ -79,8 +79,9 @@ class Example:
       patterns: those of :data:`PATTERNS` that the call serves; empty for what has no queries and keys.
       executions: the ways of computing it that agree to rounding, the definition first: 'reference', 'blockwise', 'pallas', 'ring', 'gathered', 'chunked',
         'recurrent', 'step' ... .
-      mask: the name of the boolean input, [b, s] or [b, t], that says what may be seen.
+      mask: the name of the boolean input, [b, s], [b, t] or along an axis of the example's own, that says what may be seen.
       empty: what is found where nothing may be seen: 'zero', or 'finite' (whatever the mechanism says, but no NaN).
+      local: whether a token sees only tokens near it, so that the ends of a sequence need not meet.
       linear: axes in which the cost is linear, for the benchmarks ("t").
       sizes: of axes, where :data:`SIZES` does not say or does not fit.
       lengths: other numbers of tokens to be tried; includes 1 unless the mechanism cannot.
@@ -94,6 +95,7 @@ class Example:
     executions: tuple[str, ...] = ("reference",)
     mask: str | None = None
     empty: str = "zero"
+    local: bool = False
     linear: str = ""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     lengths: tuple[int, ...] = (1, 6)

@@ -66,7 +66,7 @@ def stacked(caches: KVCache, cache: LayerCache) -> KVCache:
 
 
 def init(batch: int, slots: int, kv_heads: int, key_size: int, value_size: int | None = None, dtype=jnp.float32) -> KVCache:
-    """An empty cache. ``slots`` as large as the sequence makes it contiguous, smaller rolling.
+    """An empty cache. ``slots`` as large as the sequence makes it contiguous, smaller rolling; ``value_size`` of 0 keeps keys alone.
 
     >>> import jax.numpy as jnp
     >>> cache = init(batch=1, slots=4, kv_heads=1, key_size=2)
@@ -75,7 +75,7 @@ def init(batch: int, slots: int, kv_heads: int, key_size: int, value_size: int |
     """
     for name, x in (("batch", batch), ("slots", slots), ("kv_heads", kv_heads), ("key_size", key_size)):
         check_integer(name, x, least=1)
-    value_size = key_size if value_size is None else check_integer("value_size", value_size, least=1)
+    value_size = key_size if value_size is None else check_integer("value_size", value_size, least=0)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating-point dtype, got {describe(dtype)}")
     return KVCache(jnp.zeros((batch, slots, kv_heads, key_size), dtype), jnp.zeros((batch, slots, kv_heads, value_size), dtype),

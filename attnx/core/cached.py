@@ -296,23 +296,32 @@ class FusedCached(Cached):
         return jnp.clip(data.pages[item.batch[:, None], place], 0, data.key.shape[0] - 1)
 
 
-def choose_cached(program: Program, data: CachedData, implementation: str | None, splits: int | None, block: int | None, folded: int = 1) -> Cached:
-    """The executor of a call, its blocks and shares chosen, or NotImplementedError that says what the kernel lacks for it."""
-    sizes = program.sizes
-    rows, page = sizes.heads * sizes.queries, 1 if data.pages is None else data.key.shape[1]
-    merges = isinstance(program.parts.weights, Exponential)
-    if implementation == "pallas":
-        interpret, whole = _check_kernel(program, data), math.lcm(page, LANES // math.gcd(LANES, sizes.kv_heads))  # tokens of whole columns
-        size = max(data.key.shape[-1], data.value.shape[-1]) * max(x.dtype.itemsize for x in (data.query, data.key, data.value))
-        columns = min(2048, max(512, 2**16 // rows), 2**20 // size)
-        tokens = columns // sizes.kv_heads if data.pages is None else min(columns // sizes.kv_heads, 16 * page)
-        block = block or max(1, tokens // whole) * whole
-        if block < sizes.keys and block % whole:
-            raise NotImplementedError(f"implementation='pallas': expected block_size a multiple of {whole}, got {block}")
-        return FusedCached(program, min(block, sizes.keys), splits or (2 if merges else 1), folded, interpret)
+def choose_cached(program: Program, data: CachedData, splits: int | None, block: int | None, folded: int = 1) -> Cached:
+    """The executor of a call by XLA, its blocks and shares chosen."""
+    sizes, (rows, page, merges) = program.sizes, _shape(program, data)
     columns = min(8192, max(1024, 2**18 // rows))  # what caches hold
     block = min(sizes.keys, block or page * max(1, columns // (sizes.kv_heads * page)))
     return Cached(program, block, splits or (1 if jax.default_backend() == "cpu" or not merges else 16), folded)
+
+
+def choose_fused(program: Program, data: CachedData, splits: int | None, block: int | None, folded: int = 1) -> FusedCached:
+    """The same by the kernel, or NotImplementedError that says what it lacks for the call."""
+    sizes, (rows, page, merges) = program.sizes, _shape(program, data)
+    interpret, whole = _check_kernel(program, data), math.lcm(page, LANES // math.gcd(LANES, sizes.kv_heads))  # tokens of whole columns
+    size = max(data.key.shape[-1], data.value.shape[-1]) * max(x.dtype.itemsize for x in (data.query, data.key, data.value))
+    default = fused.default_sizes("decode", "tpu", data.query, data.value)
+    columns = min(default.most, max(default.least, default.pairs // rows), default.memory // size)
+    tokens = columns // sizes.kv_heads if data.pages is None else min(columns // sizes.kv_heads, 16 * page)
+    block = block or max(1, tokens // whole) * whole
+    if block < sizes.keys and block % whole:
+        raise NotImplementedError(f"implementation='pallas': expected block_size a multiple of {whole}, got {block}")
+    return FusedCached(program, min(block, sizes.keys), splits or (2 if merges else 1), folded, interpret)
+
+
+def _shape(program: Program, data: CachedData):
+    """Rows of a tile, tokens of a page, and whether results merge."""
+    rows, page = program.sizes.heads * program.sizes.queries, 1 if data.pages is None else data.key.shape[1]
+    return rows, page, isinstance(program.parts.weights, Exponential)
 
 
 def _check_kernel(program: Program, data: CachedData):

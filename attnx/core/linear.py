@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from attnx.core import linear_forms as forms
 from attnx.core import linear_fused
 from attnx.core.checks import as_array, check_function, check_integer, check_integers, check_query_key_value, check_scale, describe
+from attnx.core.fused import prefer
 from pallas_kernels.linear_tile import divide
 from pallas_kernels.tile import accumulator_dtype
 
@@ -96,7 +97,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
         forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused TPU kernels, the state on chip; where
-        causal), or None for the best.
+        causal, first derivatives only), or None for the best that serves the call.
       axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
         device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
@@ -149,10 +150,11 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     state = init(b, heads, h, value.shape[3], normalize=normalize, dtype=accumulator_dtype(query.dtype))
     if initial_state is not None:
         state = _check_state(initial_state, state)
-    if implementation is None:
-        implementation = "recurrent" if t == 1 and is_causal and axis_name is None else "chunked"
+    if implementation is None and t == 1 and is_causal and axis_name is None:
+        implementation = "recurrent"
     _check_implementation(implementation, is_causal, axis_name)
-    interpret = linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size) if implementation == "pallas" else None
+    served = lambda: ("pallas", linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size))
+    implementation, interpret = prefer(implementation, served, lambda: (implementation or "chunked", None))
     plan = _Plan(implementation, is_causal, feature_map or _identity, normalize, normalizer_floor,
                  1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, interpret)
     out, state = _attend(plan, query, key, value, log_decay, segment_ids, state)
@@ -239,7 +241,7 @@ def _check_state(given, expected):
 
 
 def _check_implementation(implementation, is_causal, axis_name):
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if not is_causal and implementation == "recurrent":
         raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves")

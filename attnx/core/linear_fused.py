@@ -9,7 +9,7 @@ from attnx.core import linear_forms as forms
 from attnx.core.compat import vary, varying_axes
 from pallas_kernels import linear as kernels
 
-CHUNK = 128  # tokens, as many as a vector has lanes
+CHUNK = 128  # the least, as many tokens as a vector has lanes
 
 
 def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> Any:
@@ -43,7 +43,7 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
         value = jnp.concatenate([value, jnp.ones_like(value, shape=(*value.shape[:3], 1))], axis=-1) if normalize else value
         out, state = forms.chunked(query, key, value, log_decay, state, features=lambda x: x, chunk_size=None)
         return jnp.zeros((b, t, n, value.shape[3] - normalize), query.dtype), state
-    plan = kernels.choose_plan(query, value, m, chunk_size or CHUNK, scale=scale, floor=floor, interpret=interpret)
+    plan = kernels.choose_plan(query, value, m, fused.default_sizes("linear", "tpu", query, value), chunk_size, scale=scale, floor=floor, interpret=interpret)
 
     def by_head(x):  # [B, T, heads, ..] -> [B, heads, .., padded T, .]
         x = jnp.pad(x, ((0, 0), (0, -t % plan.slab)) + ((0, 0),) * (x.ndim - 2))

@@ -20,10 +20,10 @@ from attnx.core.tiling import Tiling, cover, map_operands, widen, without_paddin
 from pallas_kernels import flash
 from pallas_kernels.flash.entries import Choice
 from pallas_kernels.flash.schedule import SCALARS, Listed
-from pallas_kernels.flash.tiles import power
 from pallas_kernels.parts import And
+from pallas_kernels.tiles import power
 
-SMALLEST, TILE = 8, 512  # of a block, by the vector units' rows; of a tile, as in the pairs engine
+SMALLEST = 8  # of a block, by the vector units' rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,7 @@ def choose_fused(program: Program, data: Data, gathered: Selected) -> FusedSelec
         raise NotImplementedError(f"{lacks} take no values of size 1; {instead}")
     if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"{lacks} compute in float32 and bfloat16, not in {data.query.dtype}; {instead}")
-    fit = lambda size, length: min(TILE, max(128, size), power(length, 128))
-    tiling = Tiling(fit(bq, program.sizes.queries), fit(bk, program.sizes.keys), 1)
+    fit = lambda most, size, length: min(most, max(128, size), power(length, 128))
+    most = fused.default_sizes("flash", "tpu", data.query, data.value)
+    tiling = Tiling(fit(most.bq, bq, program.sizes.queries), fit(most.bk, bk, program.sizes.keys), 1)
     return FusedSelected(without_padding(program, tiling), tiling, None, interpret, gathered)

@@ -2,6 +2,9 @@
 
 from attnx import lazy
 
-_LAZY: dict[str, tuple[str, ...]] = {}
+_LAZY: dict[str, tuple[str, ...]] = {
+    "lightning_attention_2": ("TNLAttention", "lightning_attention", "lightning_slopes", "lightning_step"),
+    "orthogonal_memory_attention": ("LAVO", "lavo_attention", "lavo_init", "lavo_step", "orthogonal_memory", "orthonormal"),
+}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]

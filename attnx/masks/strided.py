@@ -43,6 +43,9 @@ class WithinBlocks(Mask):
         (q_low, q_high), (k_low, k_high) = ((r.low // self.size, r.high // self.size) for r in (query, key))
         return Cover((q_low <= k_high) & (k_low <= q_high), (q_low == q_high) & (k_low == k_high) & (q_low == k_low))
 
+    def span(self):
+        return self.size - 1, self.size - 1
+
 
 def dilated(step: int) -> Mask:
     """The mask ``(query - key) mod step == 0``: the strided pattern, or a dilated window with ``& local(...)``.

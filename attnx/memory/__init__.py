@@ -2,6 +2,8 @@
 
 from attnx import lazy
 
-_LAZY: dict[str, tuple[str, ...]] = {}
+_LAZY: dict[str, tuple[str, ...]] = {
+    "slim": ("MemoryReport", "SlimAttention", "SlimWeights", "memory_report", "slim_attend", "slim_convert", "slim_from_mha", "x_attend"),
+}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]

@@ -1,10 +1,13 @@
 """Whole architectures, composed from blocks and mechanisms."""
 
+from attnx.models.attention_is_all_you_need import OriginalTransformer, label_smoothed_cross_entropy, noam_schedule, original_config
 from attnx.models.config import TransformerConfig
 from attnx.models.decoder import Decoder
 from attnx.models.encoder import Encoder
 from attnx.models.encoder_decoder import EncoderDecoder
-from attnx.models.generate import generate
+from attnx.models.generation import generate
+from attnx.models.search import Hypotheses, beam_search, greedy_search, length_penalty, rows_of
 from attnx.models.transformer import Transformer, TransformerState
 
-__all__ = ["Decoder", "Encoder", "EncoderDecoder", "Transformer", "TransformerConfig", "TransformerState", "generate"]
+__all__ = ["Decoder", "Encoder", "EncoderDecoder", "Hypotheses", "OriginalTransformer", "Transformer", "TransformerConfig", "TransformerState",
+           "beam_search", "generate", "greedy_search", "label_smoothed_cross_entropy", "length_penalty", "noam_schedule", "original_config", "rows_of"]

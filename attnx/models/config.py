@@ -1,6 +1,7 @@
 """The sizes and choices that the transformer models share."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from flax import nnx
 from attnx.nn import MLP, Attention, TransformerBlock
 from attnx.positions import Rotary
 
-_ACTIVATIONS = {"swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True),
-                "gelu": (jax.nn.gelu, False), "exact_gelu": (partial(jax.nn.gelu, approximate=False), False), "relu": (jax.nn.relu, False)}
+_ACTIVATIONS: dict[str, tuple[Callable, bool]] = {
+    "swiglu": (jax.nn.silu, True), "geglu": (jax.nn.gelu, True), "gelu": (jax.nn.gelu, False),
+    "exact_gelu": (partial(jax.nn.gelu, approximate=False), False), "relu": (jax.nn.relu, False)}
 
 
 @dataclasses.dataclass(frozen=True)

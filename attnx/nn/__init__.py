@@ -6,10 +6,12 @@ from attnx.nn.block import TransformerBlock
 from attnx.nn.common import constrain, logical_axes
 from attnx.nn.embedding import Embedding
 from attnx.nn.frozen import Constant
+from attnx.nn.lstm import LSTMState, StackedLSTM
 from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
-from attnx.nn.record import record
+from attnx.nn.recording import record
 from attnx.nn.stack import Stack
+from attnx.nn.switch import set_mechanism
 
-__all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "MLP", "SelfState", "Stack", "TransformerBlock", "as_attention_fn", "constrain",
-           "logical_axes", "make_norm", "record"]
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "LSTMState", "MLP", "SelfState", "Stack", "StackedLSTM", "TransformerBlock",
+           "as_attention_fn", "constrain", "logical_axes", "make_norm", "record", "set_mechanism"]

@@ -172,7 +172,7 @@ class Attention(nnx.Module):
         mechanism = release(self.mechanism)
         out = mechanism(query, key, value, query_positions=positions, key_positions=context_positions,
                         segment_ids=segment_ids, dropout_key=dropout_key, **self.extras(x), **pair_hooks(mechanism, hooks))
-        return self._finish(hooks, out, at, x)
+        return self._finish(hooks, out, at, x, positions)
 
     def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S E"] | None = None,
                    context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> SelfState | CrossState:
@@ -218,7 +218,7 @@ class Attention(nnx.Module):
             query, key, value, at = self._prepare(hooks, query, key, value, positions, positions)
             inner, out = mechanism.step(state.mechanism, query, key, value, **handed)
             state = state._replace(mechanism=inner)
-        return state._replace(position=state.position + x.shape[1]), self._finish(hooks, out, at, x)
+        return state._replace(position=state.position + x.shape[1]), self._finish(hooks, out, at, x, positions)
 
     def _query(self, x):
         check_sequence("x", x, self.features)
@@ -246,12 +246,15 @@ class Attention(nnx.Module):
             query, key, value = hooks["qkv"]((query, key, value), at)
         return query, key, value, at
 
-    def _finish(self, hooks, out, at, x):
+    def _gated(self, out, x, positions):
+        """What heads found, [B, T, N, Hv], as the output projection is given it."""
+        del positions  # of x, as the call was given them
+        return out if self.gate is None else out * jax.nn.sigmoid(self._heads(self.gate, x, "heads"))
+
+    def _finish(self, hooks, out, at, x, positions):
         if "output" in hooks:
             out = hooks["output"](out, at)
         if self.output_norm is not None:
             out = self.output_norm(out)
-        if self.gate is not None:
-            out = out * jax.nn.sigmoid(self._heads(self.gate, x, "heads"))
-        out = self.out(rows(out))
+        out = self.out(rows(self._gated(out, x, positions)))
         return out.reshape(*x.shape[:2], out.shape[-1])

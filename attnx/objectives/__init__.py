@@ -2,6 +2,8 @@
 
 from attnx import lazy
 
-_LAZY: dict[str, tuple[str, ...]] = {}
+_LAZY: dict[str, tuple[str, ...]] = {
+    "tap_adl": ("TAPBlock", "TokenAwarePooling", "attention_diversification_loss", "dilated_average_pool", "token_aware_pool"),
+}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]

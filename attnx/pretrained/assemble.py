@@ -1,7 +1,7 @@
 """A checkpoint's arrays as the parameters of a model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from flax import nnx
 
 from attnx.models import Transformer, TransformerConfig
 from attnx.pretrained.sources import PretrainedError
+
+M = TypeVar("M", bound=Transformer)
 
 
 class Tensors:
@@ -36,16 +38,11 @@ class Tensors:
             raise PretrainedError(f"the checkpoint has tensors that this kind of model does not: {', '.join(rest[:4])}{' ...' if rest[4:] else ''}")
 
 
-class Weights(NamedTuple):
-    """Where a model's parameters come from.
+class Source(NamedTuple):
+    """Where a parameter comes from: the name of a tensor, {} for the index of its layer, and what is done to its array."""
 
-    Attributes:
-      model: ``{path of a parameter: () -> array}``, e.g. 'embedding.table'.
-      layer: ``{path in a block: index of the layer -> array}``, e.g. 'attention.query.kernel'.
-    """
-
-    model: Mapping[str, Callable[[], np.ndarray]]
-    layer: Mapping[str, Callable[[int], np.ndarray]]
+    name: str
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
 def dense(weight: np.ndarray) -> np.ndarray:
@@ -63,11 +60,18 @@ def from_heads(heads: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda weight: weight.T.reshape(heads, -1, len(weight))
 
 
-def assemble(kind: type[Transformer], config: TransformerConfig, mechanism, weights: Weights, rngs: nnx.Rngs) -> Transformer:
+def assemble(kind: type[M], config: TransformerConfig, mechanism, tensors: Tensors, model: Mapping[str, Source], layer: Mapping[str, Source],
+             rngs: nnx.Rngs) -> M:
     """A model with a checkpoint's parameters; what its mechanism owns is initialised.
 
+    Args:
+      kind, config, mechanism, rngs: of the model.
+      tensors: of the checkpoint.
+      model: the sources of parameters outside the layers, by path, as 'embedding.table'.
+      layer: those of a layer, as 'attention.query.kernel'.
+
     Raises:
-      PretrainedError: where the weights are not all and exactly those of the model.
+      PretrainedError: where the sources are not all of the model's parameters, or have other shapes.
     """
     key = rngs.params()
 
@@ -76,7 +80,7 @@ def assemble(kind: type[Transformer], config: TransformerConfig, mechanism, weig
 
     def known(path, _):
         path, block = name(path)
-        return path in (weights.model if block is None else weights.layer)
+        return path in (model if block is None else layer)
 
     def make():
         return nnx.split(kind(config, mechanism, rngs=nnx.Rngs(key)), known, ...)
@@ -85,13 +89,16 @@ def assemble(kind: type[Transformer], config: TransformerConfig, mechanism, weig
     if missing := [path for path, _ in nnx.to_flat_state(others) if not {"mechanism", "position"} & set(path)]:
         raise PretrainedError(f"the checkpoint has nothing for {', '.join('.'.join(map(str, path)) for path in missing)}")
 
+    def read(source, *index):
+        return source.convert(tensors[source.name.format(*index)])
+
     def value(path, variable):
         path, block = name(path)
         if block is None:
-            array = weights.model[path]()
+            array = read(model[path])
         else:
             kinds = config.num_layers // variable.shape[0]
-            array = np.stack([weights.layer[path](layer) for layer in range(block, config.num_layers, kinds)])
+            array = np.stack([read(layer[path], i) for i in range(block, config.num_layers, kinds)])
         if array.shape != variable.shape:
             raise PretrainedError(f"{path}: expected shape {variable.shape}, the checkpoint has {array.shape}")
         return variable.replace(jnp.asarray(array, variable.dtype))

@@ -6,18 +6,19 @@ Deep Bidirectional Transformers for Language Understanding", 2018, arXiv:1810.04
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnx.mechanism import pairs
 from attnx.models import Encoder, TransformerConfig
-from attnx.pretrained.assemble import Tensors, Weights, assemble, dense, from_heads, into_heads
+from attnx.pretrained.assemble import Source, Tensors, assemble, dense, from_heads, into_heads
 from attnx.pretrained.model import Pretrained
 from attnx.pretrained.sources import PretrainedError, require
 
-_ACTIVATIONS = {"gelu": "exact_gelu", "gelu_new": "gelu", "relu": "relu"}
+_ACTIVATIONS: dict[str, Literal["exact_gelu", "gelu", "relu"]] = {"gelu": "exact_gelu", "gelu_new": "gelu", "relu": "relu"}
 
 
 def read(folder: Path, mechanism, dtype, rngs: nnx.Rngs) -> Pretrained:
@@ -37,7 +38,7 @@ def read(folder: Path, mechanism, dtype, rngs: nnx.Rngs) -> Pretrained:
         names = {name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): name
                  for name in file.keys()}
         tensors = Tensors(names, lambda name: file.get_tensor(names[name]))
-        model = assemble(Encoder, config, pairs() if mechanism is None else mechanism, weights(config, tensors), rngs)
+        model = assemble(Encoder, config, pairs() if mechanism is None else mechanism, tensors, *sources(config.num_heads), rngs)
         tensors.finish(lambda name: name.startswith(("pooler.", "cls.")) or name == "embeddings.position_ids")
     return Pretrained(model, tokenizer, config, int(options["max_position_embeddings"]))
 
@@ -63,29 +64,28 @@ def configuration(options: dict[str, Any], dtype) -> TransformerConfig:
         raise PretrainedError(f"config.json does not state {error}") from error
 
 
-def weights(config: TransformerConfig, tensors: Tensors) -> Weights:
-    """Where each parameter is in the file."""
+def sources(heads: int) -> tuple[dict[str, Source], dict[str, Source]]:
+    """Where the parameters of the model and of a layer are in the file."""
     def norm(path, name):
-        return {f"{path}.scale": (f"{name}.LayerNorm.weight", None), f"{path}.bias": (f"{name}.LayerNorm.bias", None)}
+        return {f"{path}.scale": Source(f"{name}.LayerNorm.weight"), f"{path}.bias": Source(f"{name}.LayerNorm.bias")}
 
-    def linear(path, name, kernel, bias=None):
-        return {f"{path}.kernel": (f"{name}.weight", kernel), f"{path}.bias": (f"{name}.bias", bias)}
+    def linear(path, name, kernel, bias=np.asarray):
+        return {f"{path}.kernel": Source(f"{name}.weight", kernel), f"{path}.bias": Source(f"{name}.bias", bias)}
 
-    def read(name, convert):
-        return tensors[name] if convert is None else convert(tensors[name])
+    def in_heads(name):
+        return linear(f"attention.{name}", f"{own}.attention.self.{name}", into_heads(heads), into_heads(heads))
 
-    heads = into_heads(config.num_heads)
-    model = {"embedding.table": ("embeddings.word_embeddings.weight", None), "embedding.positions": ("embeddings.position_embeddings.weight", None),
-             "embedding.types": ("embeddings.token_type_embeddings.weight", None), **norm("embedding_norm", "embeddings")}
-    layer = {
-        **linear("attention.query", "attention.self.query", heads, heads),
-        **linear("attention.key", "attention.self.key", heads, heads),
-        **linear("attention.value", "attention.self.value", heads, heads),
-        **linear("attention.out", "attention.output.dense", from_heads(config.num_heads)),
-        **norm("attention_norm", "attention.output"),
-        **linear("mlp.up", "intermediate.dense", dense),
-        **linear("mlp.down", "output.dense", dense),
-        **norm("mlp_norm", "output"),
+    own = "encoder.layer.{}"
+    return {
+        "embedding.table": Source("embeddings.word_embeddings.weight"),
+        "embedding.positions": Source("embeddings.position_embeddings.weight"),
+        "embedding.types": Source("embeddings.token_type_embeddings.weight"),
+        **norm("embedding_norm", "embeddings"),
+    }, {
+        **in_heads("query"), **in_heads("key"), **in_heads("value"),
+        **linear("attention.out", f"{own}.attention.output.dense", from_heads(heads)),
+        **norm("attention_norm", f"{own}.attention.output"),
+        **linear("mlp.up", f"{own}.intermediate.dense", dense),
+        **linear("mlp.down", f"{own}.output.dense", dense),
+        **norm("mlp_norm", f"{own}.output"),
     }
-    return Weights({path: lambda source=source: read(*source) for path, source in model.items()},
-                   {path: lambda i, name=name, convert=convert: read(f"encoder.layer.{i}.{name}", convert) for path, (name, convert) in layer.items()})

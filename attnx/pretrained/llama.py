@@ -4,6 +4,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Architecture:
 Models", 2023, arXiv:2302.13971.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from attnx.mechanism import pairs
 from attnx.models import Decoder, TransformerConfig
 from attnx.positions import Rotary
 from attnx.pretrained import byte_pairs
-from attnx.pretrained.assemble import Tensors, Weights, assemble, dense, from_heads, into_heads
+from attnx.pretrained.assemble import Source, Tensors, assemble, dense, from_heads, into_heads
 from attnx.pretrained.model import Pretrained
 from attnx.pretrained.sources import PretrainedError, require
 
@@ -40,10 +42,11 @@ def read(path: Path, mechanism, dtype, rngs: nnx.Rngs) -> Pretrained:
 
     tensors = Tensors(stored, tensor)
     config = configuration(fields, tensors, stored["token_embd.weight"].shape[1] if "token_embd.weight" in stored else 0, dtype)
-    model = assemble(Decoder, config, pairs(mask=masks.causal()) if mechanism is None else mechanism, weights(config, tensors), rngs)
+    model = assemble(Decoder, config, pairs(mask=masks.causal()) if mechanism is None else mechanism, tensors,
+                     *sources(config.num_heads, config.num_kv_heads or config.num_heads, config.tie_embedding), rngs)
     tensors.finish()
     stop = {fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in fields}
-    return Pretrained(model, byte_pairs.tokenizer(fields), config, int(fields["llama.context_length"]), frozenset(map(int, stop)))
+    return Pretrained(model, byte_pairs.tokenizer(fields), config, int(stated(fields, "context_length")), frozenset(map(int, stop)))
 
 
 def configuration(fields: dict[str, Any], tensors: Tensors, vocab_size: int, dtype) -> TransformerConfig:
@@ -56,12 +59,7 @@ def configuration(fields: dict[str, Any], tensors: Tensors, vocab_size: int, dty
     if architecture != "llama":
         raise PretrainedError(f"expected a GGUF file of architecture 'llama', got {architecture!r}")
 
-    def field(name, default=None):
-        value = fields.get(f"llama.{name}", default)
-        if value is None:
-            raise PretrainedError(f"the GGUF file does not state llama.{name}")
-        return value
-
+    field = partial(stated, fields)
     heads, features = int(field("attention.head_count")), int(field("embedding_length"))
     size = int(field("attention.key_length", features // heads))
     if field("rope.dimension_count", size) != size or field("rope.scaling.type", "none") != "none":
@@ -73,32 +71,39 @@ def configuration(fields: dict[str, Any], tensors: Tensors, vocab_size: int, dty
         tie_embedding="output.weight" not in tensors.names, param_dtype=jnp.dtype(dtype))
 
 
-def weights(config: TransformerConfig, tensors: Tensors) -> Weights:
-    """Where each parameter is in the file."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+def stated(fields: dict[str, Any], name: str, default=None) -> Any:
+    """A number of the architecture, or the default.
 
-    def layer(name, convert):
-        return lambda i: convert(tensors[f"blk.{i}.{name}.weight"])
+    Raises:
+      PretrainedError: where the file states none and there is no default.
+    """
+    value = fields.get(f"llama.{name}", default)
+    if value is None:
+        raise PretrainedError(f"the GGUF file does not state llama.{name}")
+    return value
 
-    def same(x):
-        return x
 
-    model = {"embedding.table": "token_embd.weight", "norm.scale": "output_norm.weight"}
-    if not config.tie_embedding:
-        model["embedding.output"] = "output.weight"
-    return Weights({path: lambda name=name: tensors[name] for path, name in model.items()}, {
-        "attention_norm.scale": layer("attn_norm", same),
-        "attention.query.kernel": layer("attn_q", lambda x: into_heads(heads)(halves(x, heads))),
-        "attention.key.kernel": layer("attn_k", lambda x: into_heads(kv_heads)(halves(x, kv_heads))),
+def sources(heads: int, kv_heads: int, tied: bool) -> tuple[dict[str, Source], dict[str, Source]]:
+    """Where the parameters of the model and of a layer are in the file."""
+    def layer(name, *convert):
+        return Source(f"blk.{{}}.{name}.weight", *convert)
+
+    model = {"embedding.table": Source("token_embd.weight"), "norm.scale": Source("output_norm.weight")}
+    if not tied:
+        model["embedding.output"] = Source("output.weight")
+    return model, {
+        "attention_norm.scale": layer("attn_norm"),
+        "attention.query.kernel": layer("attn_q", halves(heads)),
+        "attention.key.kernel": layer("attn_k", halves(kv_heads)),
         "attention.value.kernel": layer("attn_v", into_heads(kv_heads)),
         "attention.out.kernel": layer("attn_output", from_heads(heads)),
-        "mlp_norm.scale": layer("ffn_norm", same),
+        "mlp_norm.scale": layer("ffn_norm"),
         "mlp.gate.kernel": layer("ffn_gate", dense),
         "mlp.up.kernel": layer("ffn_up", dense),
         "mlp.down.kernel": layer("ffn_down", dense),
-    })
+    }
 
 
-def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Channels of each head reordered: a GGUF file of a Llama has those that turn together side by side, ``Rotary()`` half a head apart."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+def halves(heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """:func:`into_heads`, channels reordered: a GGUF file of a Llama has those that turn together side by side, ``Rotary()`` half a head apart."""
+    return lambda weight: weight.T.reshape(weight.shape[1], heads, -1, 2).swapaxes(2, 3).reshape(weight.shape[1], heads, -1)

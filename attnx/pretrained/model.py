@@ -94,7 +94,7 @@ class Pretrained:
         graph, params = nnx.split(self.model)
         return _embed(graph, params, *self.encode(texts))
 
-    def _pieces(self, tokens):
+    def _pieces(self, tokens: Iterator) -> Iterator[str]:
         pending: list[int] = []
         for token in (int(row[0]) for row in tokens):
             if token in self.stop:

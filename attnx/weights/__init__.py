@@ -1,11 +1,16 @@
 """Weights: how the scores of a row become the weights of the values."""
 
+from attnx import lazy
 from attnx.weights.clipped_softmax import clipped_softmax
 from attnx.weights.entmax import entmax, entmax15, sparsemax
+from attnx.weights.laplace import laplace, relu_squared
 from attnx.weights.relu import relu
 from attnx.weights.sigmoid import sigmoid
 from attnx.weights.softmax import softmax
 from attnx.weights.softpick import softpick
 from pallas_kernels.parts import Exponential, Root, Sum, Weights
 
-__all__ = ["Exponential", "Root", "Sum", "Weights", "clipped_softmax", "entmax", "entmax15", "relu", "sigmoid", "softmax", "softpick", "sparsemax"]
+_LAZY = {"quantizable_attention": ("GatedAttention", "HeadGate", "gated_attention", "init_gate")}
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY)
+__all__ = ["Exponential", "Root", "Sum", "Weights", "clipped_softmax", "entmax", "entmax15", "laplace", "relu", "relu_squared", "sigmoid", "softmax", "softpick",
+           "sparsemax", *(name for names in _LAZY.values() for name in names)]

@@ -23,9 +23,9 @@ from pallas_kernels.flash.gpu_quick import quickened
 from pallas_kernels.flash.launch import flat_specs
 from pallas_kernels.flash.operands import form
 from pallas_kernels.flash.schedule import visits
-from pallas_kernels.flash.tiles import Tile, Tiles, power
 from pallas_kernels.parts import Cover
 from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.tiles import Tile, Tiles, power
 
 
 class Uniform(NamedTuple):

@@ -17,8 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.compat import results_like
 from pallas_kernels.flash.launch import Plan, flat_specs
 from pallas_kernels.flash.operands import form
-from pallas_kernels.flash.tiles import Tile, power
 from pallas_kernels.parts import At
+from pallas_kernels.tiles import Tile, power
 
 
 class Here(NamedTuple):

@@ -18,10 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import linear_tile
 from pallas_kernels.compat import results_like
 from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.tiles import Slab
 
 VMEM = 48 * 2**20  # bytes of on-chip memory a kernel may have; the smallest chips have 64 MiB
-BLOCKS = 16 * 2**20  # of which this for the arrays of a slab
-SLAB = 8  # chunks of a slab, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +47,16 @@ class Plan:
         return self.chunk * self.chunks
 
 
-def choose_plan(query, value, states: int, chunk: int, **options) -> Plan:
-    """The plan of a call with arrays [B, T, N, H], [B, T, K, Hv]: slabs as long as on-chip memory and the sequence allow."""
+def choose_plan(query, value, states: int, longest: Slab, chunk: int | None = None, **options) -> Plan:
+    """The plan of a call with arrays [B, T, N, H], [B, T, K, Hv]: slabs as long as ``longest`` and the sequence allow, of its chunks or given ones."""
+    chunk = chunk or longest.chunk
     (_, t, n, h), hv, size = query.shape, value.shape[3], value.dtype.itemsize
     groups = n // states
     # A token's bytes in the backward kernel: read and written, of two slabs at a time.
     token = 2 * 2 * ((groups + 1) * (h + hv) * size + h * accumulator_dtype(value.dtype).itemsize)
     chunks = -(-t // chunk)
-    most = SLAB
-    while most > 1 and most * (chunk * token + h * hv * 4) > BLOCKS:
+    most = longest.chunks
+    while most > 1 and most * (chunk * token + h * hv * 4) > longest.memory:
         most //= 2
     slabs = -(-chunks // most)
     chunks = -(-chunks // slabs)

@@ -77,6 +77,28 @@ def test_contents():
     np.testing.assert_array_equal(state.value.ravel(), [-5, -6, -7, -4])
 
 
+def test_one_layer_among_stacked_caches():
+    """A layer's cache behaves like one that stands alone, one token or several, contiguous or rolling, and leaves the other layers as they were."""
+    key, value = jnp.arange(1.0, 15).reshape(2, 7, 1, 1), -jnp.arange(1.0, 15).reshape(2, 7, 1, 1)
+
+    def fill(state):
+        for start, stop in ((0, 3), (3, 4), (4, 5), (5, 7)):
+            state = cache.append(state, key[:, start:stop], value[:, start:stop])
+        return state
+
+    caches = jax.tree.map(lambda x: jnp.stack([x] * 3), cache.init(2, 4, 1, 1))
+    mine = jax.jit(lambda caches, layer: cache.stacked(caches, fill(cache.layer_of(caches, layer))))(caches, 1)
+    alone = fill(cache.init(2, 4, 1, 1))
+    for stacked, empty, own in zip(mine, caches, alone):
+        np.testing.assert_array_equal(stacked[1], own)
+        np.testing.assert_array_equal(stacked[::2], empty[::2])
+    part = cache.layer_of(mine, 1)
+    np.testing.assert_array_equal(part.key, alone.key)
+    np.testing.assert_array_equal(part.value, alone.value)
+    with pytest.raises(ValueError, match="key: expected at most as many new tokens"):
+        cache.append(part, key, value)
+
+
 def test_prefill_longer_than_a_rolling_cache():
     """Only the last tokens stay."""
     query, key, value = sequence_of(jnp.float32)

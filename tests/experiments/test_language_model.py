@@ -26,13 +26,6 @@ def test_streaming_is_the_parallel_argmax(model):
     np.testing.assert_array_equal(np.asarray(logits.argmax(-1))[0, len(PROMPT):], tokens[0, 1 + len(PROMPT):])
 
 
-def test_a_long_prompt_is_read_in_pieces(model, monkeypatch):
-    monkeypatch.setattr("experiments.language_model._PREFILLED", 4)
-    again = LanguageModel(ModelOptions(features=16, layers=1, heads=2), model.mechanism, seed=3)
-    params = model.init()
-    assert bytes(again.stream(params, PROMPT * 2, 6, temperature=0.0)) == bytes(model.stream(params, PROMPT * 2, 6, temperature=0.0))
-
-
 def test_choices_depend_on_the_seed_and_top_1_is_the_likeliest(model):
     params = model.init()
 

@@ -12,7 +12,7 @@ from tpu_compiler import needs_compiler, report
 
 from attnx.core import fused
 from attnx.core.linear import LinearState, linear_attention
-from pallas_kernels.linear import tpu
+from pallas_kernels.tiles import TABLE
 
 BATCH, LENGTH, HEADS, KEY_HEADS, SIZE, VALUE_SIZE = 2, 300, 4, 2, 5, 3
 
@@ -30,7 +30,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def short_slabs(monkeypatch):
     """Two chunks a slab, so that states pass between slabs of short sequences."""
-    monkeypatch.setattr(tpu, "SLAB", 2)
+    monkeypatch.setitem(TABLE, "linear, tpu", tuple((fits, slab._replace(chunks=2)) for fits, slab in TABLE["linear, tpu"]))
 
 
 def case(name, dtype=np.float64, length=LENGTH, size=SIZE, value_size=VALUE_SIZE):

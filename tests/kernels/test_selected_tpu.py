@@ -119,6 +119,28 @@ def test_transformations(x64):
     agreement.assert_agree(got, gradients("reference", *args), 1e-10)
 
 
+def test_shards_of_batch_and_heads(x64):
+    """Under shard_map, each device with its own part of the table; a table that all share is read by all."""
+    query, key, value, _ = agreement.arrays(batch=2, queries=130, keys=130, heads=4, kv_heads=2, size=4, value_size=4)
+    indices, block_scores = choice((64, 64), 2, 130, 130)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens, table = jax.P("data", None, "tensor"), jax.P("data" if indices.shape[0] > 1 else None, "tensor")
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradients(implementation, sharded, *args):
+        def attend(q, k, v, indices, block_scores):
+            return selected_attention(q, k, v, indices, block_scores=block_scores, block_sizes=(64, 64), implementation=implementation)
+
+        if sharded:  # the interpreter of kernels lacks the types that the checks look at
+            attend = jax.shard_map(attend, mesh=mesh, in_specs=(tokens, tokens, tokens, table, table), out_specs=tokens, check_vma=False)
+        return jax.value_and_grad(lambda q, k, v, e: jnp.sin(attend(q, k, v, args[3], e)).sum(), (0, 1, 2, 3))(*args[:3], args[4])
+
+    args = query, key, value, indices, block_scores
+    with fused.forced():
+        got = gradients("pallas", True, *args)
+    agreement.assert_agree(got, gradients("reference", False, *args), 1e-10)
+
+
 @pytest.mark.parametrize(("by_key", "varies"), [(True, (True, True, False)), (False, (False, True, True))])
 def test_schedule_of_a_list(by_key, varies):
     """The list, spelled out as a table."""
