@@ -10,7 +10,7 @@ the Gaussian, which is therefore not normalised again (local-p). Good where sour
 With input feeding h~_t is also part of the next step's input, so that the decoder knows what it has read.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -262,7 +262,7 @@ class LuongAttention(nnx.Module):
             raise ValueError(f"kind: expected mode='global' and a max_length with kind='location', got mode={mode!r} and max_length={max_length}")
         source = source_features or features
         param = lambda *shape: nnx.Param(_uniform(rngs.params(), shape))
-        shapes = {"dot": None, "general": (features, source), "concat": (features + source, features), "location": (features, max_length)}
+        shapes = {"dot": (), "general": (features, source), "concat": (features + source, features), "location": (features, max_length)}
         self.kind, self.mode, self.reach, self.implementation = kind, mode, reach, implementation
         self.score_kernel = nnx.data(None) if kind == "dot" else param(*shapes[kind])
         self.score_vector = param(features) if kind == "concat" else nnx.data(None)
@@ -281,7 +281,7 @@ class LuongAttention(nnx.Module):
           return_weights: also return the weights [B, T, S].
         """
         score = {name: param[...] for name, param in (("kernel", self.score_kernel), ("vector", self.score_vector)) if param is not None}
-        options = dict(kind=self.kind, mask=mask, return_weights=True, **score)
+        options: dict[str, Any] = dict(kind=self.kind, mask=mask, return_weights=True, **score)
         if self.mode == "global":
             context, weights = luong_global_attention(query, source, **options)
         else:

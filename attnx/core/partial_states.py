@@ -132,12 +132,12 @@ def lean_attention_decode(query: Float[Array, "B 1 N H"], key: Float[Array, "B S
 
     def segment(batch, head, begin, end):
         def step(state, index):
-            start = jnp.minimum((begin + index) * size, key.shape[2] - size)
-            mine = lambda x: lax.dynamic_slice(x, (batch, head, start, 0), (1, 1, size, x.shape[3]))[0, 0].astype(dtype)
+            start = jnp.minimum((begin + index) * size, key.shape[2] - size).astype(jnp.int32)
+            mine = lambda x: lax.dynamic_slice(x, (batch, head, start, jnp.int32(0)), (1, 1, size, x.shape[3]))[0, 0].astype(dtype)
             allowed = (start + jnp.arange(size) < lengths[batch]) & (begin + index < end)
             return softmax_state_merge(state, softmax_state_of(rows[batch, head] @ mine(key).T, mine(value), allowed)), None
 
-        return lax.scan(step, nothing, jnp.arange((plan.end - plan.begin).max()))[0]
+        return lax.scan(step, nothing, jnp.arange((plan.end - plan.begin).max(), dtype=jnp.int32))[0]
 
     states = jax.vmap(segment)(*(jnp.asarray(x) for x in (plan.batch, plan.head, plan.begin, plan.end)))
 

@@ -94,10 +94,10 @@ def per_head_window(windows: Int[Array, " N"]) -> Mask:
 
 def _groups(windows: Sequence[int], kv_heads: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(window, its heads, the key-value heads that they read): of each distinct window, repeated where a group shares keys unequally."""
-    windows, shared = np.asarray(windows), len(windows) // kv_heads
+    sizes, shared = np.asarray(windows), len(windows) // kv_heads
     groups = []
-    for window in np.unique(windows):
-        heads = np.flatnonzero(windows == window)
+    for window in np.unique(sizes):
+        heads = np.flatnonzero(sizes == window)
         kv, counts = np.unique(heads // shared, return_counts=True)
         groups.append((int(window), heads, kv if (counts == counts[0]).all() else heads // shared))
     return groups

@@ -86,8 +86,8 @@ def slim_from_mha(key_kernel, value_kernel, key_bias=None, value_bias=None) -> S
     if key_bias is not None or value_bias is not None:
         bias = np.zeros(inner.shape[1]) if value_bias is None else np.asarray(value_bias, np.float64).reshape(-1)
         bias = bias if key_bias is None else bias - np.asarray(key_bias, np.float64).reshape(-1) @ inner
-        bias = jnp.asarray(bias.reshape(value.shape[1:]).astype(kernel.dtype))
-    return SlimWeights(jnp.asarray(inner.reshape(value.shape).astype(kernel.dtype)), bias, condition)
+        bias = bias.reshape(value.shape[1:]).astype(kernel.dtype)
+    return SlimWeights(jnp.asarray(inner.reshape(value.shape).astype(kernel.dtype)), None if bias is None else jnp.asarray(bias), condition)
 
 
 def slim_attend(query: Float[Array, "B t N H"], key: Float[Array, "B S N H"], slim: SlimWeights, *, option: str | None = None, scale: float | None = None,
@@ -255,10 +255,11 @@ class SlimAttention(Attention):
             return (query, key) if move is None else move(query, key, query_positions, key_positions)
 
         dtype = cache.computation_dtype(query, kept.key)
+        positions = state.position + jnp.arange(x.shape[1], dtype=jnp.int32)
         out = slim_attend(query.astype(dtype), kept.key.astype(dtype), self._slim(), option=self.option, scale=mechanism.scale, position=position,
-                          query_positions=state.position + jnp.arange(x.shape[1], dtype=jnp.int32), key_positions=kept.positions,
+                          query_positions=positions, key_positions=kept.positions,
                           scores=mechanism.scores, mask=mechanism.mask, weights=mechanism.weights)
-        return SelfState(state.position + x.shape[1], kept), self._finish({}, out.astype(query.dtype), None, x)
+        return SelfState(state.position + x.shape[1], kept), self._finish({}, out.astype(query.dtype), None, x, positions)
 
 
 def slim_convert(module: nnx.Module, option: str | None = None) -> nnx.Module:

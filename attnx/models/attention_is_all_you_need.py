@@ -8,7 +8,7 @@ Embeddings of source, target and output are one table, multiplied by sqrt(featur
 added. The norm follows each residual sum, so there is none at the end. Recurrence is gone: all positions are read at once, and decoding keeps keys and values.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def original_config(size: Literal["base", "big"] = "base", **changes) -> Transfo
     """
     if size not in _SIZES:
         raise ValueError(f"size: expected 'base' or 'big', got {size!r}")
-    paper = dict(num_layers=6, mlp="relu", norm="layer", norm_position="post", position=None, position_embedding="sinusoidal", tie_embedding=True,
+    paper: dict[str, Any] = dict(num_layers=6, mlp="relu", norm="layer", norm_position="post", position=None, position_embedding="sinusoidal", tie_embedding=True,
                  scale_embedding=True, use_bias=True)
     return TransformerConfig(**paper | _SIZES[size] | changes)
 
@@ -68,7 +68,7 @@ class OriginalTransformer(EncoderDecoder):
 
     def __init__(self, size: Literal["base", "big"] = "base", *, num_encoder_layers: int | None = None, attention_dropout_rate: float = 0.0,
                  share_embedding: bool = True, implementation: str | None = None, rngs: nnx.Rngs, **changes):
-        options = dict(dropout_rate=attention_dropout_rate, implementation=implementation)
+        options: dict[str, Any] = dict(dropout_rate=attention_dropout_rate, implementation=implementation)
         everything = pairs(**options)
         super().__init__(original_config(size, **changes), pairs(mask=causal(), **options), encoder_mechanism=everything, cross_mechanism=everything,
                          num_encoder_layers=num_encoder_layers, share_embedding=share_embedding, rngs=rngs)
@@ -93,7 +93,7 @@ class OriginalTransformer(EncoderDecoder):
         positions = jnp.arange(length, dtype=jnp.int32) if source_positions is None else checks.check_positions("source_positions", source_positions, batch, length)
         positions = jnp.broadcast_to(positions, source.shape)
         step, state = rows_of(lambda source, positions: self.init_state(source, max_length, source_positions=positions), self.step, source, positions)
-        options = dict(end=end, max_length=max_length, limits=jnp.sum(positions >= 0, axis=1) + extra, padding=padding)
+        options: dict[str, Any] = dict(end=end, max_length=max_length, limits=jnp.sum(positions >= 0, axis=1) + extra, padding=padding)
         first = jnp.full(batch, start, jnp.int32)
         return greedy_search(step, state, first, **options) if width == 1 else beam_search(step, state, first, width=width, alpha=alpha, **options)
 

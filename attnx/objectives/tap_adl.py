@@ -43,7 +43,8 @@ def dilated_average_pool(x: Float[Array, "B H W C"], dilation: int) -> Float[Arr
     total = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for axis in (1, 2):
         padded = jnp.pad(total, [(dilation, dilation) if i == axis else (0, 0) for i in range(4)])
-        total = sum(jax.lax.slice_in_dim(padded, tap * dilation, tap * dilation + x.shape[axis], axis=axis) for tap in range(3))
+        first, *others = (jax.lax.slice_in_dim(padded, tap * dilation, tap * dilation + x.shape[axis], axis=axis) for tap in range(3))
+        total = first + others[0] + others[1]
     return (total / 9).astype(x.dtype)
 
 

@@ -208,5 +208,5 @@ class FourierPosition(nnx.Module):
     def __call__(self, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], query_positions: Int[Array, "*B T"] | None = None,
                  key_positions: Int[Array, "*B S"] | None = None) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
         """Turns query [B, T, N, H] and key [B, S, K, H] by their positions."""
-        given = ((query, query_positions), (key, key_positions))
-        return tuple(fope(x, *self.tables(jnp.arange(x.shape[1]) if positions is None else positions)) for x, positions in given)
+        turn = lambda x, positions: fope(x, *self.tables(jnp.arange(x.shape[1]) if positions is None else positions))
+        return turn(query, query_positions), turn(key, key_positions)

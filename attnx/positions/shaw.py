@@ -221,10 +221,10 @@ def _attend_block(key, value, tables, key_positions, segments, is_causal, scale,
     s = _dot("btkgh,bskh->bkgts", grouped, key).reshape(batch, heads, t, -1)
     keys, values = (None if table is None else table.astype(block.query.dtype) for table in tables)
     clip = next(table for table in tables if table is not None).shape[1] // 2
-    places = {"reference": _Gathered, "bucketed": _Bucketed, "skew": partial(_Skewed, block.first, length)}[implementation]
+    make: Any = {"reference": _Gathered, "bucketed": _Bucketed, "skew": partial(_Skewed, block.first, length)}[implementation]
     query_at, key_at = block.positions[:, None, :, None], key_positions[:, None, None, :]
     labels = jnp.clip(key_at - query_at, -clip, clip)[:, 0] + clip if block.labels is None else block.labels
-    places = places(labels)
+    places = make(labels)
     if keys is not None:
         s = s + places.scores(block.query, keys)
     ok = (query_at >= 0) & (key_at >= 0)

@@ -25,6 +25,7 @@ from attnx.masks.causal import causal
 from attnx.masks.documents import documents
 from attnx.nn.attention import Attention, SelfState
 from attnx.nn.common import rows
+from attnx.nn.frozen import Constant
 from attnx.nn.norms import HeadNorm
 from pallas_kernels.parts import Cover, Mask, Operand, Range, Score, part, static
 
@@ -142,7 +143,9 @@ def forgetting_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S 
         mask &= documents(segment_ids[:, first:], segment_ids)
     if prune is not None:
         mask &= Remembered(decay[:, first:], decay, _threshold(prune, query, key, scale))
-    positions = {} if first == 0 and key_positions is None else {"query_positions": first + jnp.arange(length, dtype=jnp.int32), "key_positions": key_positions}
+    positions: dict[str, Any] = {}
+    if first or key_positions is not None:
+        positions = {"query_positions": first + jnp.arange(length, dtype=jnp.int32), "key_positions": key_positions}
     return attention(query, key, value, scores=Forgetting(decay[:, first:], decay), mask=mask, scale=scale, **positions, **options)
 
 
@@ -238,7 +241,7 @@ class ForgettingAttention(Attention):
         elif forget != "none":
             times = np.geomspace(*decay_times, num_heads)
             bias = jnp.asarray(-np.log(np.expm1(1 / times)), jnp.float32)  # sigmoid(bias) = e^(-1 / time)
-            self.forget_bias = nnx.Param(bias) if forget == "bias_only" else nnx.Variable(bias)
+            self.forget_bias = (nnx.Param if forget == "bias_only" else Constant)(bias)
         if pro:
             self.query_norm, self.key_norm = (HeadNorm(heads, self.head_size, epsilon=1e-5, dtype=self.dtype) for heads in (num_heads, self.num_kv_heads))
             self.key_shift, self.value_shift = dense(self.num_kv_heads), dense(self.num_kv_heads)

@@ -45,7 +45,7 @@ class SplitPlan(NamedTuple):
     is_last: np.ndarray
     slot: np.ndarray
     first: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # type: ignore[assignment]  # tuples have a method of that name
     tile: int
     waits: bool = False
 
