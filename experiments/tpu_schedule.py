@@ -25,6 +25,7 @@ from experiments.options import parse
 from experiments.tpu import ENVIRONMENT, TOPOLOGIES
 
 TILE, SIZE, CHUNK = 512, 128, 128  # queries and keys of a tile, size of a head, tokens of a chunk
+BATCH, ROWS, KV_HEADS, PAGE, COLUMNS = 8, 32, 8, 64, 2048  # of decoding: query heads, key-value heads, tokens of a page, keys of a tile (one for each head and token)
 LENGTH, HEADS = 2048, 2  # the schedules do not depend on them, and what surrounds the kernels compiles quickly
 
 
@@ -130,13 +131,32 @@ def _flash(parts: Callable[[Any], dict] = lambda attnx: {}):
 
 
 def _linear(decay: tuple | None):
+    from attnx.core import fused
     from pallas_kernels import linear
 
     x, tokens = _like(1, HEADS, LENGTH, SIZE), _like(1, LENGTH, HEADS, SIZE)
     log_decay = None if decay is None else _like(1, HEADS, *decay, dtype="float32")
     state = linear.State(_like(1, HEADS, SIZE, SIZE, dtype="float32"), None)
-    plan = linear.choose_plan(tokens, tokens, HEADS, CHUNK)
-    return _gradient(partial(linear.attend, plan), linear.Tokens(_like(1, HEADS, 1, LENGTH, SIZE), x, x, log_decay), state)
+    plan = linear.tpu.choose_plan(tokens, tokens, HEADS, fused.default_sizes("linear", "tpu", tokens), CHUNK)
+    return _gradient(partial(linear.tpu.attend, plan), linear.Tokens(_like(1, HEADS, 1, LENGTH, SIZE), x, x, log_decay), state)
+
+
+def _decode(paged: bool):
+    """A token a sequence against a cache."""
+    import attnx
+
+    cache = (BATCH * LENGTH // PAGE, PAGE) if paged else (BATCH, LENGTH)
+    cache, table = _like(*cache, KV_HEADS, SIZE), _like(BATCH, LENGTH // PAGE, dtype="int32") if paged else None
+    attend = lambda query, key, value, lengths, table: attnx.decode(query, key, value, lengths, page_table=table, scale=1.0, implementation="pallas")
+    return attend, (_like(BATCH, 1, ROWS, SIZE), cache, cache, _like(BATCH, dtype="int32"), table)
+
+
+def _paged_attention():
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    pages, integers = _like(KV_HEADS, BATCH * LENGTH // PAGE, PAGE, SIZE), partial(_like, dtype="int32")
+    attend = partial(paged_attention, pages_per_compute_block=COLUMNS // PAGE)
+    return attend, (_like(BATCH, ROWS, SIZE), pages, pages, integers(BATCH), integers(BATCH, LENGTH // PAGE))
 
 
 def _splash():
@@ -186,6 +206,7 @@ _TILES, _EVERY = ("full tile", "masked tile"), ("every tile",)
 _FOLDS = {"forward": Kernel("fold_rows", _TILES), "dq": Kernel("query_side", _TILES), "dk, dv": Kernel("key_side", _TILES)}
 _SPLASH = {"forward": Kernel("_fwd_", _EVERY), "dq": Kernel("_dq_", _EVERY), "dk, dv": Kernel("_dkv_", _EVERY)}
 _CHUNKS = {"forward": Kernel("linear_forward", ("2 chunks",)), "backward": Kernel("linear_backward", ("states", "gradients"))}
+_DECODING = {"step": Kernel("decode", _EVERY)}
 CASES = {
     SOFTMAX: Case(_flash, _FOLDS),
     "jax splash_attention": Case(_splash, _SPLASH),
@@ -196,6 +217,9 @@ CASES = {
     "flash soft cap": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.soft_cap(30.0)}), _FOLDS),
     "flash ALiBi": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.alibi(HEADS)}), _FOLDS),
     "flash offset table": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.t5_bias(_zeros(32, HEADS))}), _FOLDS),
+    "decode": Case(partial(_decode, False), _DECODING),
+    "decode, pages": Case(partial(_decode, True), _DECODING),
+    "jax paged_attention": Case(_paged_attention, {"step": Kernel("paged_attention", _EVERY)}),
     "linear no decay": Case(partial(_linear, None), _CHUNKS),
     "linear decay by head": Case(partial(_linear, (1, LENGTH)), _CHUNKS),
     "linear decay by channel": Case(partial(_linear, (LENGTH, SIZE)), _CHUNKS),
@@ -280,7 +304,8 @@ def _regions(bundles: str) -> Iterator[tuple[int, int]]:
 _UNITS = {"MXU": "MATMUL", "VALU": "VALU", "EUP": "EUP", "XLU": "XLU", "load": "VLOAD", "store": "VSTORE"}
 _COLUMNS = ("", "bundles", "ratio", "feed", *_UNITS, "spills")
 _CAPTION = ("ratio: to our causal softmax; feed: bundles that feed the matrix unit; MXU to store: filled slots of each unit; "
-            "spills: registers written to memory and read back. The linear kernels take two chunks at a time.")
+            "spills: registers written to memory and read back. The linear kernels take two chunks at a time. Decoding: 2,048 keys (tokens times key-value heads) and "
+            "32 query heads; the code of jax's paged_attention also starts the copies of its pages of 64 tokens, ours lie outside.")
 
 
 def _versions():

@@ -294,10 +294,11 @@ class Weights(Part):
 
     ``statistics`` lists them: a :class:`Sum`, a :class:`Root`, or an :class:`Exponential` member, whose residual ``log sum_j den_ij`` it then is.
     Each may use those before it. An empty list is an elementwise weight (sigmoid, ReLU). s = 0 with all statistics 0 must give
-    finite values.
+    finite values. ``vanishes``: at s = -inf weights, summands and all slopes are 0, whatever the statistics, so a masked score is as good as a masked weight.
     """
 
     statistics: tuple = ()
+    vanishes: bool = False
 
     def weight(self, s, statistics, *blocks):
         raise NotImplementedError
@@ -347,6 +348,10 @@ class Softmax(Exponential):
 
     def sink(self, sizes):
         return None if self.extra is None else Operand(self.extra, ("head",) * jnp.ndim(self.extra))
+
+    @property
+    def vanishes(self):
+        return self.temperature is None  # its gradient would meet 0 * inf
 
     def shift(self, s, *temperature):
         return s / temperature[0].astype(s.dtype) if temperature else s

@@ -1,6 +1,7 @@
 """What a sum over keys is made of: ``terms(s, rows, *weight operands) -> (weight of the values or None, tuple of summands)``.
 
-Frozen and hashable, so that they key compilation; ``weighs_values`` and ``sums`` say what comes back.
+Frozen and hashable, so that they key compilation; ``weighs_values`` and ``sums`` say what comes back, ``vanishes`` whether all of it, slopes
+included, is 0 at a score of -inf.
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ class FusedTerms:
     weighs_values: ClassVar[bool] = True
     sums: ClassVar[int] = 1
 
+    @property
+    def vanishes(self):
+        return self.family.vanishes
+
     def __call__(self, s, rows, *blocks):
         num, den = self.family.terms(s, rows[0], *blocks)
         return num, (den,)
@@ -33,6 +38,10 @@ class WeightTerms:
     weighs_values: ClassVar[bool] = True
     sums: ClassVar[int] = 0
 
+    @property
+    def vanishes(self):
+        return self.weights.vanishes
+
     def __call__(self, s, rows, *blocks):
         return self.weights.weight(s, rows, *blocks), ()
 
@@ -44,6 +53,10 @@ class StatisticTerms:
     statistic: Any
     weighs_values: ClassVar[bool] = False
     sums: ClassVar[int] = 1
+
+    @property
+    def vanishes(self):
+        return isinstance(self.statistic, Exponential) and self.statistic.vanishes
 
     def __call__(self, s, rows, *blocks):
         which = self.statistic
@@ -61,6 +74,7 @@ class SlopeTerms:
     statistic: Root
     weighs_values: ClassVar[bool] = False
     sums: ClassVar[int] = 2
+    vanishes: ClassVar[bool] = False
 
     def __call__(self, s, rows, *blocks):
         r = jnp.broadcast_to(rows[-1], s.shape)

@@ -122,6 +122,11 @@ def _only(ok, x):
     return x if ok is None else jnp.where(ok, x, 0)
 
 
+def _silence(vanishes: bool, s, ok):
+    """Scores at which forbidden pairs weigh nothing by themselves, and no mask left to apply; else the two as they are."""
+    return (jnp.where(ok, s, -jnp.inf), None) if vanishes and ok is not None else (s, ok)
+
+
 def _tile(parts, q, k, at, blocks, masked):
     s = shape_scores(parts, raw_scores(parts, q, k, at, blocks), at, blocks)
     return s, visible(parts, at, blocks) if masked else None
@@ -141,7 +146,7 @@ def attend_tile(parts: Parts, family: Exponential, carry, q, k, v, at: At, block
     ``v=None`` folds the row statistic alone. ``masked=False`` promises that every pair of the tile is allowed.
     """
     m, total, acc = carry
-    s, ok = _tile(parts, q, k, at, blocks, masked)
+    s, ok = _silence(family.vanishes, *_tile(parts, q, k, at, blocks, masked))
     operands = blocks.weights
     shift = family.shift(s, *operands)
     if shift is None:  # a weight that cannot overflow needs no running maximum
@@ -205,7 +210,7 @@ def weigh_tile(parts: Parts, terms, carry, q, k, v, rows, at: At, blocks: Blocks
       differentiable: guards forbidden pairs for the sake of automatic differentiation.
     """
     acc, totals = carry
-    s, ok = _tile(parts, q, k, at, blocks, masked)
+    s, ok = _silence(terms.vanishes, *_tile(parts, q, k, at, blocks, masked))
     if differentiable:
         s, rows = _guard(ok, s, rows)
     num, sums = terms(s, rows, *blocks.weights)
@@ -226,8 +231,8 @@ def given_rows(r):
     return jnp.where(r > FLOOR, r, -FLOOR)
 
 
-def _split(blocks: Blocks):
-    """The inexact operands, and a function that puts them back among the integer ones (which have no cotangent)."""
+def _split(blocks):
+    """The inexact operands of some parts, and a function that puts them back among the integer ones (which have no cotangent)."""
     leaves, tree = jax.tree.flatten(blocks)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
 
@@ -255,23 +260,27 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
       with the gradient of each inexact operand block, in tree order.
     """
     dtype = accumulator_dtype(q.dtype)
-    inexact, join = _split(blocks)
+    (to_scores, join_scores), (to_mask, _), (to_weights, join_weights) = map(_split, blocks)
     ok = visible(parts, at, blocks) if masked else None
 
-    def weigh(s, given, inexact):
-        blocks = join(inexact)
-        s, given = _guard(ok, shape_scores(parts, s, at, blocks), given if want_rows else rows)
-        num, sums = terms(s, given, *blocks.weights)
-        kept = None if num is None else _only(ok, num)
-        return kept, tuple(kept if x is num else _only(ok, x) for x in sums)
+    def with_scores(operands):
+        return blocks._replace(scores=join_scores(operands))
+
+    def weigh(s, given, operands):
+        s, given = _guard(left, s, given if want_rows else rows)
+        num, sums = terms(s, given, *join_weights(operands))
+        kept = None if num is None else _only(left, num)
+        return kept, tuple(kept if x is num else _only(left, x) for x in sums)
 
     replaced = parts.scores and isinstance(parts.scores[0], Similarity)
     if replaced:
-        raw, pull_pair = jax.vjp(lambda q, k, inexact: raw_scores(parts, q, k, at, join(inexact), transposed=transposed), q, k, inexact)
+        raw, pull_pair = jax.vjp(lambda q, k, operands: raw_scores(parts, q, k, at, with_scores(operands), transposed=transposed), q, k, to_scores)
     else:
         raw = raw_scores(parts, q, k, at, blocks, transposed=transposed)
+    s, pull_shape = jax.vjp(lambda s, operands: shape_scores(parts, s, at, with_scores(operands)), raw, to_scores)
+    s, left = _silence(terms.vanishes, s, ok)  # between the two: where slopes vanish, the gradient needs no mask
     to_rows, to_keys = ((0, 0), (1, 0)) if transposed else ((1, 0), (0, 0))
-    (num, _), pull = jax.vjp(weigh, raw, rows if want_rows else (), inexact)
+    (num, _), pull = jax.vjp(weigh, s, rows if want_rows else (), to_weights)
     dv = g_num = None
     if num is not None:
         g_num = _dot(v, do, (1, 1)) if transposed else _dot(do, v, (1, 1))
@@ -279,13 +288,15 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
             drop = dropout_multiplier(parts, at, seed)
             g_num, num = g_num * drop, num * drop
         dv = _dot(num.astype(do.dtype), do, to_keys)
-    ds, drows, dblocks = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
+    ds, drows, of_weights = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
+    ds, of_scores = pull_shape(ds)
+    others = [jnp.zeros_like(x) for x in to_mask] + of_weights
     if replaced:
-        dq, dk, dpair = pull_pair(ds)
-        return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(dblocks, dpair)]
+        dq, dk, of_pair = pull_pair(ds)
+        return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(of_scores, of_pair)] + others
     early = ds.size < q.size + k.size  # the scale enters where there are fewer numbers
     ds = ds * parts.scale if early and parts.scale != 1.0 else ds
     dq, dk = _dot(ds.astype(k.dtype), k, to_rows), _dot(ds.astype(q.dtype), q, to_keys)
     if parts.scale != 1.0 and not early:
         dq, dk = dq * parts.scale, dk * parts.scale
-    return dq, dk, dv, drows, dblocks
+    return dq, dk, dv, drows, of_scores + others

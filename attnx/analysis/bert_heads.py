@@ -266,7 +266,7 @@ def uas_by_relation(predicted: Int[Array, "*H B W"], heads: Int[Array, "B W"], r
     return jnp.einsum("...bw,bwr->...r", (predicted == heads).astype(jnp.float32), of) / jnp.sum(of, axis=(0, 1))
 
 
-def coreference_antecedent(weights: Float[Array, "*H W W"], mentions: Int[Array, "M"]) -> Int[Array, "*H M"]:
+def coreference_antecedent(weights: Float[Array, "*H W W"], mentions: Int[Array, " M"]) -> Int[Array, "*H M"]:
     """The earlier mention that each mention looks at most.
 
     Args:
@@ -288,7 +288,7 @@ def coreference_antecedent(weights: Float[Array, "*H W W"], mentions: Int[Array,
     return jnp.where(jnp.any(allowed, axis=-1), best, -1)
 
 
-def separator_gradient(loss: Callable, weights: Float[Array, "L *N T S"], separators: Bool[Array, "S"]) -> Float[Array, "L"]:
+def separator_gradient(loss: Callable, weights: Float[Array, "L *N T S"], separators: Bool[Array, " S"]) -> Float[Array, " L"]:
     """How much the loss would change with a layer's attention to separators: the sum of ``|d loss / d a|`` over their columns, heads and rows.
 
     Args:

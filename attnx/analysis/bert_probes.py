@@ -20,7 +20,7 @@ DISTANCES = 8
 """Number of :func:`distance_features`."""
 
 
-def probe_maps(weights: Float[Array, "B M W W"], start: Int[Array, "B"], stop: Int[Array, "B"], root_start, root_end) -> Float[Array, "B W W+1 2M"]:
+def probe_maps(weights: Float[Array, "B M W W"], start: Int[Array, " B"], stop: Int[Array, " B"], root_start, root_end) -> Float[Array, "B W W+1 2M"]:
     """The maps that probes weigh: of word j, in column 0 ``root_start * (to [CLS]) + root_end * (to [SEP])``, in column 1 + i that to word i; for all M maps,
     then for their transposes.
 
@@ -51,8 +51,8 @@ def distance_features(size: int) -> Float[Array, "W W+1 8"]:
     """
     ahead = jnp.arange(size) - jnp.arange(size)[:, None]
     features = [jnp.maximum(ahead, 0) / max(size, 1), jnp.maximum(-ahead, 0) / max(size, 1), *(ahead == k for k in (0, -1, 1, -2, 2))]
-    features = jnp.pad(jnp.stack([x.astype(jnp.float32) for x in features], -1), ((0, 0), (1, 0), (0, 1)))
-    return features.at[:, 0, -1].set(1.0)
+    columns = jnp.pad(jnp.stack([x.astype(jnp.float32) for x in features], -1), ((0, 0), (1, 0), (0, 1)))
+    return columns.at[:, 0, -1].set(1.0)
 
 
 def _logits(logits, words):
@@ -83,7 +83,7 @@ class AttentionProbe(nnx.Module):
         self.weights = nnx.Param(jnp.zeros(2 * maps))
         self.root_start, self.root_end = nnx.Param(jnp.ones(())), nnx.Param(jnp.ones(()))
 
-    def __call__(self, weights: Float[Array, "B M W W"], start: Int[Array, "B"], stop: Int[Array, "B"], words: Bool[Array, "B W"]) -> Float[Array, "B W W+1"]:
+    def __call__(self, weights: Float[Array, "B M W W"], start: Int[Array, " B"], stop: Int[Array, " B"], words: Bool[Array, "B W"]) -> Float[Array, "B W W+1"]:
         """Logits of the heads of all words.
 
         Args:
@@ -113,7 +113,7 @@ class AttentionWordProbe(nnx.Module):
         self.of_word, self.of_head = nnx.Linear(features, 2 * maps, rngs=rngs), nnx.Linear(features, 2 * maps, use_bias=False, rngs=rngs)
         self.root_start, self.root_end = nnx.Param(jnp.ones(())), nnx.Param(jnp.ones(()))
 
-    def __call__(self, weights: Float[Array, "B M W W"], start: Int[Array, "B"], stop: Int[Array, "B"], words: Bool[Array, "B W"],
+    def __call__(self, weights: Float[Array, "B M W W"], start: Int[Array, " B"], stop: Int[Array, " B"], words: Bool[Array, "B W"],
                  vectors: Float[Array, "B W D"]) -> Float[Array, "B W W+1"]:
         """Logits of the heads of all words; ``vectors`` are the words', the rest as for :class:`AttentionProbe`."""
         maps = probe_maps(weights, start, stop, self.root_start[...], self.root_end[...])

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnx.core import checks, cudnn, operations, reference
-from attnx.core.blockwise import Blockwise
-from attnx.core.fused import choose_fused
+from attnx.core.blockwise import choose_blockwise
+from attnx.core.fused import choose_fused, prefer
 from attnx.core.program import Data, Program, bind, bind_operand, unbind_output
 from attnx.core.ring import choose_ring, mesh_in_context
-from attnx.core.tiling import choose_tiling, without_padding
+from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
 
@@ -58,8 +58,8 @@ def attention(
       query_positions, key_positions: logical positions, int32 [T] or [B, T] ([S] or [B, S]); -1 is padding. 0, 1, 2, ... by default.
       implementation: "reference" (materialised, O(T S) memory, forward mode and hooks), "blockwise" (XLA fold, O(T) memory, any backend),
         "pallas" (fused kernels), "cudnn" (jax.nn's), "ring" (over the axis 'sequence' of the mesh in context; more to choose in
-        :func:`attnx.ring_attention`); None picks the best that serves the call: the fold, over the devices of the mesh in context if there
-        is one (its axes 'data', 'fsdp', 'sequence', 'tensor', of type Auto).
+        :func:`attnx.ring_attention`); None picks the best that serves the call: the fold over the devices of the mesh in context if there
+        is one (its axes 'data', 'fsdp', 'sequence', 'tensor', of type Auto), else "cudnn", "pallas" or "blockwise", the first that can.
       return_residual: also return r [B, T, N], the log of each row's normaliser (sink included), which :func:`attnx.merge` wants;
         -inf for rows that attend to nothing. Exponential weights only.
       block_sizes: (queries, keys) of a tile in "blockwise", "ring" and "pallas" (there powers of two, from 128 on a TPU and 16 on a
@@ -89,14 +89,17 @@ def attention(
                                      dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if return_residual:
         checks.check_exponential("return_residual", weights)
-    if chosen == "cudnn":
-        return cudnn.attention(query, key, value, scores=checks.check_parts(scores, mask, weights), mask=mask, weights=weights, scale=program.parts.scale,
-                               dropout_rate=program.parts.dropout_rate, positions=(query_positions, key_positions), return_residual=return_residual)
+    picked = chosen or ("ring" if mesh_in_context() is not None else None)
+    call = dict(scores=checks.check_parts(scores, mask, weights), mask=mask, weights=weights, dropout_rate=program.parts.dropout_rate,
+                positions=(query_positions, key_positions))
+    if chosen == "cudnn" or picked is None and not return_residual and cudnn.serves(query, key, value, **call):
+        return cudnn.attention(query, key, value, scale=program.parts.scale, return_residual=return_residual, **call)
     sink = sink_of(program, weights)
     if chosen == "reference" or no_tiles(program):
         out, r = execute_reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
     else:
-        out, r = execute(_executor(chosen, program, data, block_sizes), data, sink)
+        run = lambda executor: execute(executor, data, sink)
+        out, r = prefer(picked, lambda: run(choose_fused(program, data, block_sizes)), lambda: run(_executor(chosen, program, data, block_sizes)))
     out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
@@ -195,18 +198,15 @@ def _choose(implementation, hooks):
 
 
 def _executor(chosen, program, data, block_sizes):
-    if chosen == "pallas":
-        return choose_fused(program, data, block_sizes)
-    tiling = choose_tiling(program, data, block_sizes)
     if chosen == "ring":
-        return choose_ring(program, data, tiling)
+        return choose_ring(program, data, choose_tiling(program, data, block_sizes))
     mesh = mesh_in_context() if chosen is None else None
     if mesh is None:
-        return Blockwise(without_padding(program, tiling), tiling)
+        return choose_blockwise(program, data, block_sizes)
     # The compiler would gather what a loop over blocks slices, so batch and heads are sharded here as well as the sequence.
     spread = mesh.shape.get("sequence", 1)
     whole = spread > 1 and min(program.sizes.queries, program.sizes.keys) >= spread
-    return choose_ring(program, data, tiling, mesh, "sequence" if whole else None)
+    return choose_ring(program, data, choose_tiling(program, data, block_sizes), mesh, "sequence" if whole else None)
 
 
 def no_tiles(program: Program) -> bool:

@@ -21,28 +21,35 @@ from attnx.core.tiling import (
     at_block,
     by_head,
     by_token,
-    cover,
+    choose_sliding,
+    choose_tiling,
     keys_block,
     map_operands,
     operand_block,
     over_lanes,
     pad_rows,
-    pad_to_blocks,
     put_token_rows_block,
     rows_block,
+    sweep,
     token_rows_block,
     unpad_operand,
+    without_padding,
 )
 from pallas_kernels import tile
-from pallas_kernels.flash.schedule import visits
 
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """Executes a program tile by tile on one device; static and hashable."""
+    """Executes a program tile by tile on one device; static and hashable.
+
+    Attributes:
+      tiling: the blocks, and the tiles where no other are chosen by ``reach``.
+      reach: how many positions before and after its own a query sees at the most, in a call of default positions: a block then visits a single tile.
+    """
 
     program: Program
     tiling: Tiling
+    reach: tuple[int, int] | None = None
 
     def maximum(self, x):
         """The largest entry over everything this execution holds (over all devices, where it holds several)."""
@@ -51,14 +58,6 @@ class Blockwise:
     def stored(self, x):
         """A result as it is kept: in the accumulator's dtype."""
         return x
-
-    def load(self, data: Data, where: Where):
-        """What a tile function wants at ``where`` (padded data) besides queries: k, v, positions, blocks."""
-        program, tiling = self.program, self.tiling
-        positions = at_block(data, where, tiling)
-        blocks = map_operands(lambda x, spec: operand_block(program, x, spec, positions, where, tiling), data.operands, program.specs)
-        v = None if data.value is None else keys_block(data.value, where, tiling)
-        return keys_block(data.key, where, tiling), v, positions, blocks
 
     def fold_rows(self, data: Data, init, body, finish, rows=(), *, differentiable: bool = False):
         """Folds ``body`` over the keys of every query.
@@ -72,26 +71,24 @@ class Blockwise:
 
         Returns the results as [B, K, G, T, X].
         """
-        program, tiling = self.program, self.tiling
-        b, k, g, t, _ = data.query.shape
+        program, (b, k, g, t, _) = self.program, data.query.shape
         axes = varying_axes(data, rows)
         data, rows = vary((data, rows), axes)
-        data, rows = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling)
-        nq, nk, chunks = data.query.shape[3] // tiling.bq, data.key.shape[2] // tiling.bk, k // tiling.lanes
-        todo = visits(cover(program, data, tiling), lanes=tiling.lanes)
+        tiling, data, todo = sweep(program, data, self.tiling, self.reach)
+        rows, nq, chunks = pad_rows(rows, tiling), data.query.shape[3] // tiling.bq, k // tiling.lanes
         by_tokens = jax.tree.map(by_token, (data.query, rows))
 
         def place(n):
-            return Where(n // (chunks * nq), n // nq % chunks, n % nq, 0)
+            return Where(n // (chunks * nq), n // nq % chunks, n % nq * tiling.bq, 0)
 
         def block(n):
             where = place(n)
-            order, full, active = todo.of(where.b, where.c, where.i)
+            order, full, active = todo.of(where.b, where.c, n % nq)
             q, mine = jax.tree.map(lambda x: token_rows_block(x, where, tiling, g), by_tokens)
 
             def visit(slot, carry, masked):
-                here = where._replace(j=order[slot])
-                keys, v, positions, blocks = self.load(data, here)
+                here = where._replace(key=order[slot])
+                keys, v, positions, blocks = load(program, data, here, tiling)
                 one = lambda q, k, v, state, at, blocks: body(state[0], q, k, v, state[1], at, blocks, data.seed, masked)
                 return over_lanes(one, program, data, here, tiling)(q, keys, v, (carry, mine), positions, blocks)
 
@@ -101,7 +98,7 @@ class Blockwise:
                     kind = (slot >= full).astype(jnp.int32) + (slot >= active)
                     branches = [partial(visit, slot, masked=False), partial(visit, slot, masked=True), lambda c: c]
                     return lax.switch(kind, branches, carry), None
-                carry, _ = lax.scan(jax.checkpoint(step), carry, jnp.arange(nk, dtype=jnp.int32))
+                carry, _ = lax.scan(jax.checkpoint(step), carry, jnp.arange(order.size, dtype=jnp.int32))
             else:
                 carry = lax.fori_loop(0, full, partial(visit, masked=False), carry)
                 carry = lax.fori_loop(full, active, partial(visit, masked=True), carry)
@@ -132,24 +129,24 @@ class Blockwise:
         in the carry and only row gradients are read and written per tile. Returns gradients shaped like query, key, value,
         ``gradient_of`` and the inexact operands, in the accumulator's dtype.
         """
-        program, tiling = self.program, self.tiling
+        program = self.program
         dtype = tile.accumulator_dtype(data.query.dtype)
         b, k, g, t, h = data.query.shape
         s, unpadded, axes = data.key.shape[2], partition(data.operands)[0], varying_axes(data, rows)
         data, rows = vary((data, rows), axes)  # or the tiles' own gradients would be summed over devices, tile by tile
-        data, rows, gradient_of = pad_to_blocks(program, data, tiling), pad_rows(rows, tiling), pad_rows(gradient_of, tiling)
+        rows, gradient_of = pad_rows(rows, self.tiling), pad_rows(gradient_of, self.tiling)
+        tiling, data, todo = sweep(program, data, self.tiling, self.reach, by_key=True)
         nk, chunks = data.key.shape[2] // tiling.bk, k // tiling.lanes
-        todo = visits(cover(program, data, tiling), lanes=tiling.lanes, by_key=True)
         operands, specs = partition(data.operands)[0], program.inexact_specs(data.operands)
 
         def step(carry, n):
-            where = Where(n // (chunks * nk), n // nk % chunks, 0, n % nk)
-            order, full, active = todo.of(where.b, where.c, where.j)
+            where = Where(n // (chunks * nk), n // nk % chunks, 0, n % nk * tiling.bk)
+            order, full, active = todo.of(where.b, where.c, n % nk)
 
             def visit(slot, carry, masked):
                 query_side, key_side, operand_side = carry
-                here = where._replace(i=order[slot])
-                keys, v, positions, blocks = self.load(data, here)
+                here = where._replace(query=order[slot])
+                keys, v, positions, blocks = load(program, data, here, tiling)
                 q, mine = jax.tree.map(lambda x: rows_block(x, here, tiling), (data.query, rows))
                 one = lambda q, k, v, rows, at, blocks: body(q, k, v, rows, at, blocks, data.seed, masked)
                 dq, dk, dv, drows, dblocks = over_lanes(one, program, data, here, tiling)(q, keys, v, mine, positions, blocks)
@@ -177,3 +174,18 @@ class Blockwise:
         dk, dv = jax.tree.map(assemble, (dk, dv))
         dq, drows = jax.tree.map(lambda x: x[:, :, :, :t], (dq, drows))
         return dq, dk, dv, drows, [unpad_operand(*args, tiling) for args in zip(doperands, unpadded, specs)]
+
+
+def load(program: Program, data: Data, where: Where, tiling: Tiling):
+    """What a tile function wants at ``where`` (padded data) besides queries: k, v, positions, blocks."""
+    positions = at_block(data, where, tiling)
+    blocks = map_operands(lambda x, spec: operand_block(program, x, spec, positions, where, tiling), data.operands, program.specs)
+    v = None if data.value is None else keys_block(data.value, where, tiling)
+    return keys_block(data.key, where, tiling), v, positions, blocks
+
+
+def choose_blockwise(program: Program, data: Data, block_sizes=None) -> Blockwise:
+    """The executor of a call."""
+    sliding = choose_sliding(program, data) if block_sizes is None else None
+    tiling, reach = sliding or (choose_tiling(program, data, block_sizes), None)
+    return Blockwise(without_padding(program, tiling), tiling, reach)

@@ -7,8 +7,6 @@ are few. What is folded comes from :mod:`attnx.core.operations` as everywhere, a
 """
 
 import dataclasses
-import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnx.core import fused
 from attnx.core.blockwise import Blockwise
 from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program
 from attnx.core.tiling import Tiling, cover, map_operands, widen
 from pallas_kernels import tile
-from pallas_kernels.decode import LANES, Packed, Plan, fold_rows
-from pallas_kernels.decode.schedule import Work, collect, share_out, unpack
-from pallas_kernels.parts import At, Exponential, Spec
+from pallas_kernels.decode.schedule import collect, share_out, unpack
+from pallas_kernels.parts import At, Spec
 
 
 class CachedData(NamedTuple):
@@ -95,13 +91,13 @@ class Cached:
             return Blockwise(self.program, self.tiling).fold_rows(canonical(data), init, body, finish, rows, differentiable=True)
         axes = varying_axes(data, rows)
         data, rows = vary((data, rows), axes)
-        results, default, work = self.fold_segments(data, init, body, finish, jax.tree.map(_packed, rows), axes)
+        results, default, work = self.fold_segments(data, init, body, finish, jax.tree.map(packed, rows), axes)
         shape = data.query.shape[:4]
         return jax.tree.map(lambda x: x.reshape(*shape, x.shape[-1]), collect(work, self.splits, results, default, merge_results))
 
     def fold_segments(self, data: CachedData, init, body, finish, rows, axes):
         """The results of all segments, a pytree of [S + B - 1, R, X]; that of no tile; and the work it was."""
-        sizes, splits, query = self.program.sizes, self.splits, _packed(data.query)
+        sizes, splits, query = self.program.sizes, self.splits, packed(data.query)
         some, every = tile_table(self.program, data, self.block)
         work = share_out(some, every, splits)
 
@@ -224,7 +220,7 @@ def _of(x, b):
     return x[b] if x.shape[0] > 1 else x[0]
 
 
-def _packed(x):
+def packed(x):
     """[B, K, G, t, X] as [B, R, X]."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -234,98 +230,3 @@ def merge_results(a, b):
     (out_a, r_a), (out_b, r_b) = a, b
     out, r = tile.merge((out_a, r_a[..., 0]), (out_b, r_b[..., 0]))
     return out, r[..., None]
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedCached(Cached):
-    """Executes a program over a cache on a TPU kernel; static and hashable."""
-
-    interpret: Any = False
-
-    @property
-    def tiling(self) -> Tiling:
-        """A tile: the queries of all heads, in whole sublanes."""
-        rows, sublanes = super().tiling.bq, 8 * max(1, 4 // self.program.sizes.dtype.itemsize)
-        return Tiling(rows + -rows % sublanes, self.block, 1)
-
-    def fold_segments(self, data: CachedData, init, body, finish, rows, axes):
-        """As :meth:`Cached.fold_segments`."""
-        sizes, columns = self.program.sizes, self.block * self.program.sizes.kv_heads
-        count = sizes.heads * sizes.queries
-        more, blocks = self.tiling.bq - count, -(-sizes.keys // self.block)
-        tail = blocks * columns - sizes.keys * sizes.kv_heads
-        some, every = tile_table(self.program, data, self.block)
-        work = share_out(some, every, self.splits)
-        flat = lambda x: None if x is None else x.reshape(x.shape[0], -1, x.shape[-1])
-        pages = None if data.pages is None else self._pages(data, work)
-        place = self._at(data.origin, 0, data.query_positions[0], jnp.zeros(self.block, jnp.int32))
-        row = lambda x: widen(jnp.broadcast_to(x, (count, 1)).astype(jnp.int32), 0, more, constant_values=-1)[None]
-
-        def operand(x, spec):
-            if spec.offset:
-                b = max(len(x), len(data.query_positions), len(data.key_positions))
-                every = lambda x: jnp.broadcast_to(x, (b, *x.shape[1:]))
-                x = jax.vmap(partial(banded, self.program))(every(x), every(data.query_positions), every(data.key_positions))
-            x = jax.vmap(partial(packed_operand, self.program))(x.astype(jnp.int32) if x.dtype == bool else x)
-            x = widen(x, 1, more, "edge") if x.shape[1] > 1 else x
-            return widen(x, 2, tail, "edge") if x.shape[2] > 1 else x
-
-        key_positions = jnp.arange(columns, dtype=jnp.int32)[None, None] // sizes.kv_heads
-        if data.span is None:
-            key_positions = widen(jnp.repeat(data.key_positions, sizes.kv_heads, 1)[:, None], 2, tail, constant_values=-1)
-        packed = Packed(
-            widen(_packed(data.query), 1, more), flat(data.key), flat(data.value), jax.tree.map(lambda x: widen(x, 1, more), rows),
-            row(place.head), row(place.batch), row(np.arange(count)[:, None] // (count // sizes.kv_heads)),
-            jnp.arange(columns, dtype=jnp.int32)[None, None] % sizes.kv_heads,
-            widen(jnp.tile(data.query_positions, (1, sizes.heads))[..., None], 1, more, constant_values=-1),
-            key_positions,
-            map_operands(operand, data.operands, self.program.specs))
-
-        def restored(carry, q, k, v, rows, at, blocks, seed, masked):
-            blocks = jax.tree.map(lambda x, like: x != 0 if like.dtype == bool else x, blocks, data.operands)
-            return body(carry, q, k, v, rows, at, blocks, seed, masked)
-
-        plan = Plan(columns, self.splits, sizes.kv_heads, self.interpret)
-        results, default = fold_rows(plan, work, pages, data.span, packed, partial(init, None), restored, finish), finish(init(None))
-        return jax.tree.map(lambda x: x[:, :count], results), jax.tree.map(lambda x: x[:count], default), work
-
-    def _pages(self, data: CachedData, work: Work):
-        """The pages of every item of the work, int32 [items, pages of a tile]; beyond the table, any."""
-        item, many = unpack(work.items), self.block // data.key.shape[1]
-        place = jnp.minimum(item.block[:, None] * many + jnp.arange(many, dtype=jnp.int32), data.pages.shape[1] - 1)
-        return jnp.clip(data.pages[item.batch[:, None], place], 0, data.key.shape[0] - 1)
-
-
-def choose_cached(program: Program, data: CachedData, implementation: str | None, splits: int | None, block: int | None, folded: int = 1) -> Cached:
-    """The executor of a call, its blocks and shares chosen, or NotImplementedError that says what the kernel lacks for it."""
-    sizes = program.sizes
-    rows, page = sizes.heads * sizes.queries, 1 if data.pages is None else data.key.shape[1]
-    merges = isinstance(program.parts.weights, Exponential)
-    if implementation == "pallas":
-        interpret, whole = _check_kernel(program, data), math.lcm(page, LANES // math.gcd(LANES, sizes.kv_heads))  # tokens of whole columns
-        size = max(data.key.shape[-1], data.value.shape[-1]) * max(x.dtype.itemsize for x in (data.query, data.key, data.value))
-        columns = min(2048, max(512, 2**16 // rows), 2**20 // size)
-        tokens = columns // sizes.kv_heads if data.pages is None else min(columns // sizes.kv_heads, 16 * page)
-        block = block or max(1, tokens // whole) * whole
-        if block < sizes.keys and block % whole:
-            raise NotImplementedError(f"implementation='pallas': expected block_size a multiple of {whole}, got {block}")
-        return FusedCached(program, min(block, sizes.keys), splits or (2 if merges else 1), folded, interpret)
-    columns = min(8192, max(1024, 2**18 // rows))  # what caches hold
-    block = min(sizes.keys, block or page * max(1, columns // (sizes.kv_heads * page)))
-    return Cached(program, block, splits or (1 if jax.default_backend() == "cpu" or not merges else 16), folded)
-
-
-def _check_kernel(program: Program, data: CachedData):
-    """How the kernel is to be run, if it can serve the call."""
-    interpret, platform = fused.target()
-    lacks = "implementation='pallas': the decode kernel"
-    if platform != "tpu":
-        raise NotImplementedError(f"{lacks} is for TPU, the backend is {platform!r}; use 'blockwise' or None (attnx.core.fused.forced() emulates it)")
-    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{lacks} computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
-    if data.value.shape[-1] == 1:
-        raise NotImplementedError(f"{lacks} takes no values of size 1; use 'blockwise'")
-    if any(spec.key and x.ndim > 5 for x, spec in zip(jax.tree.leaves(data.operands), program.flat_specs)):
-        raise NotImplementedError(f"{lacks} takes no operands that vary over keys and have axes of their own (None among an Operand's axes); "
-                                  "hand over their entries one by one, or use 'blockwise'")
-    return interpret

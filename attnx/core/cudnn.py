@@ -1,6 +1,7 @@
 """The ``cudnn`` execution: jax.nn's fused attention, for the calls that it can express, on NVIDIA GPUs."""
 
 import jax
+import jax.numpy as jnp
 
 from attnx.core.checks import describe
 
@@ -20,6 +21,19 @@ def as_jax_nn(*, scores, mask, weights, dropout_rate, positions) -> dict:
             raise NotImplementedError(f"implementation='cudnn' lacks {describe(part)}; {_WORKS}")
         arguments |= expressed
     return arguments
+
+
+def serves(query, key, value, **parts) -> bool:
+    """Whether cuDNN is the best for a call, its kernels known to exist: 16-bit self-attention, whole, causal or local, on an NVIDIA GPU."""
+    if jax.default_backend() not in ("gpu", "cuda") or not jax.devices()[0].device_kind.startswith("NVIDIA"):
+        return False
+    try:
+        arguments = as_jax_nn(**parts)
+    except NotImplementedError:
+        return False
+    (_, t, _, h), same = query.shape, query.dtype == key.dtype == value.dtype
+    return (arguments.keys() <= {"is_causal", "local_window_size"} and same and query.dtype in (jnp.bfloat16, jnp.float16)
+            and t == key.shape[1] > 0 and h == value.shape[3] <= 128 and h % 8 == 0)
 
 
 def attention(query, key, value, *, scale, return_residual, **parts):

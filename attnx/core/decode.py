@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 from attnx.core import checks
 from attnx.core.attention import execute, execute_reference, no_tiles, sink_of, with_sink
 from attnx.core.cache import computation_dtype
-from attnx.core.cached import CachedData, canonical, choose_cached, merge_results
+from attnx.core.cached import CachedData, canonical, merge_results
+from attnx.core.cached_fused import choose_cached, choose_fused
+from attnx.core.fused import prefer
 from attnx.core.program import Program, bind, unbind_output
 from attnx.core.tiling import map_operands
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Spec, Weights
@@ -46,7 +48,7 @@ def decode(query: Float[Array, "B t N H"], key_cache: Float[Array, "B L K H"], v
       splits: into how many equal shares the reading is cut, to be done side by side and merged; by default what suits the backend. More than one
         need exponential weights.
       block_size: tokens of a tile, with pages a multiple of p; chosen by default.
-      implementation: "reference" (materialised), "blockwise" (XLA, any backend), "pallas" (TPU kernel), or None for the best: the XLA form.
+      implementation: "reference" (materialised), "blockwise" (XLA, any backend), "pallas" (TPU and GPU kernels), or None for the best that serves the call.
       return_residual: also return r [B, t, N], as in :func:`attnx.attention`.
 
     Returns:
@@ -174,7 +176,8 @@ class _Call(NamedTuple):
         """Output and residual in the canonical layout, no sink yet."""
         if no_tiles(program):
             return execute_reference(program, canonical(data), None)
-        return execute(choose_cached(program, data, self.implementation, *self.cut, folded), data, None)
+        run = lambda choose: execute(choose(program, data, *self.cut, folded), data, None)
+        return prefer(self.implementation, lambda: run(choose_fused), lambda: run(choose_cached))
 
     def result(self, result, return_residual):
         out, r = result

@@ -7,6 +7,7 @@ are skipped or left unmasked by the same table. Results are written once, in the
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from attnx.core.checks import check_choice
 from attnx.core.program import Data, Program, partition
 from attnx.core.tiling import Tiling, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
 from pallas_kernels import flash
-from pallas_kernels.flash.tiles import Tiles, choose_tiles, power
 from pallas_kernels.parts import Similarity, Softmax
+from pallas_kernels.tiles import Tiles, choose_tiles, look_up, power
 
 PLATFORMS = ("tpu", "gpu")
 _forced = contextvars.ContextVar("forced", default=None)
@@ -27,7 +28,7 @@ _forced = contextvars.ContextVar("forced", default=None)
 
 @contextlib.contextmanager
 def forced(interpret: Any = True, platform: str = "tpu"):
-    """Within it, ``implementation="pallas"`` is served whatever the backend. What jit has traced before stays as it is.
+    """Within it kernels serve, by name or as what None picks, whatever the backend. What jit has traced before stays as it is.
 
     Args:
       interpret: True emulates the kernels in XLA, a ``pltpu.InterpretParams`` simulates a TPU core (slow, for tests), False compiles for the platform:
@@ -51,6 +52,25 @@ def forced(interpret: Any = True, platform: str = "tpu"):
 def target() -> tuple[Any, str]:
     """How and for what platform kernels are to be run here: what :func:`forced` says, or compiled for the backend."""
     return _forced.get() or (False, jax.default_backend())
+
+
+def prefer(implementation: str | None, kernels: Callable, otherwise: Callable):
+    """``kernels()`` where they are named or, with no implementation named, serve the call on the platform at hand; else ``otherwise()``."""
+    if implementation == "pallas":
+        return kernels()
+    if implementation is None and target()[1] in PLATFORMS:
+        try:
+            return kernels()
+        except NotImplementedError:  # what kernels lack matters to those alone who name them
+            pass
+    return otherwise()
+
+
+def default_sizes(kernel: str, platform: str, *arrays):
+    """The entry of the table of sizes for a kernel on the device at hand, and the widest of some arrays [.., H] (or None)."""
+    device = jax.devices()[0].device_kind if jax.default_backend() == platform else ""
+    arrays = [x for x in arrays if x is not None]
+    return look_up(f"{kernel}, {platform}", device, max(x.shape[-1] for x in arrays), max(x.dtype.itemsize for x in arrays))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +142,8 @@ def _for_tpu(program, data, block_sizes, interpret):
     if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
     lengths = program.sizes.queries, program.sizes.keys
-    tiling = Tiling(*([min(512, power(n, 128)) for n in lengths] if block_sizes is None else _powers(block_sizes, 128)), 1)
+    most = default_sizes("flash", "tpu", data.query, data.value)
+    tiling = Tiling(*([min(size, power(n, 128)) for size, n in zip((most.bq, most.bk), lengths)] if block_sizes is None else _powers(block_sizes, 128)), 1)
     return Fused(without_padding(program, tiling), tiling, None, interpret)
 
 
@@ -137,11 +158,9 @@ def _for_gpu(program, data, block_sizes, interpret):
         _check_gpu(program, data)
     if block_sizes is not None:
         _powers(block_sizes, 16)
-    size = max(x.shape[-1] for x in (data.query, data.value) if x is not None)
-    device = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
     parts = program.parts
     busy = bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
-    chosen = choose_tiles(device, size, data.query.dtype.itemsize, program.sizes.queries, program.sizes.keys, busy, block_sizes)
+    chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy, block_sizes)
     tiling = Tiling(chosen.rows.bq, chosen.rows.bk, 1)
     largest = Tiling(*(max(pair) for pair in zip(tiling, chosen.largest)), 1)
     return Fused(without_padding(program, largest), tiling, chosen, interpret)

@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 
 from attnx.core import checks, operations, reference
 from attnx.core.attention import IMPLEMENTATIONS, no_tiles, prepare, sink_of, with_sink
-from attnx.core.blockwise import Blockwise
+from attnx.core.blockwise import Blockwise, choose_blockwise
 from attnx.core.program import Data, Program, unbind_output
-from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Softmax, Weights
 
@@ -52,7 +51,7 @@ def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
     if _materialises(implementation, program):
         rows = _reference_statistics(program, data)
     else:
-        rows = _blockwise_statistics(Blockwise(program, choose_tiling(program, data, block_sizes)), data)
+        rows = _blockwise_statistics(choose_blockwise(program, data, block_sizes), data)
     if isinstance(weights, Exponential):
         (r,) = rows
         sink = sink_of(program, weights)
@@ -93,7 +92,7 @@ def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: F
     if _materialises(implementation, program):
         out = _reference_apply(program, data, rows)
     else:
-        out = _blockwise_apply(Blockwise(program, choose_tiling(program, data, block_sizes)), data, rows)
+        out = _blockwise_apply(choose_blockwise(program, data, block_sizes), data, rows)
     return unbind_output(out, program.sizes.dtype)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from attnx.core import linear_forms as forms
 from attnx.core import linear_fused
 from attnx.core.checks import as_array, check_function, check_integer, check_integers, check_query_key_value, check_scale, describe
+from attnx.core.fused import prefer
 from pallas_kernels.linear_tile import divide
 from pallas_kernels.tile import accumulator_dtype
 
@@ -45,7 +46,7 @@ class _Plan:
     scale: float
     chunk_size: int | None
     axis_name: Hashable | None
-    interpret: Any = None  # of kernels
+    kernels: Any = None  # how they are to be run, and where
 
     @property
     def fused(self):
@@ -56,7 +57,7 @@ class _Plan:
     def form(self):
         if self.fused:
             return partial(linear_fused.attend, normalize=self.normalize, scale=self.scale, floor=self.floor, chunk_size=self.chunk_size,
-                           interpret=self.interpret)
+                           kernels=self.kernels)
         form = partial(getattr(forms, self.implementation), features=self.features)
         return partial(form, chunk_size=self.chunk_size) if self.implementation == "chunked" else form
 
@@ -93,10 +94,10 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       segment_ids: int [B, T], T = S. The state starts anew wherever the id differs from that of the token before, and without
         ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
       scale: a factor of phi(q), 1 by default.
-      chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128), a power of two.
+      chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128 on a TPU, 16 on a GPU), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
-        forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused TPU kernels, the state on chip; where
-        causal), or None for the best.
+        forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused kernels for TPU or GPU, the state on chip; where
+        causal, first derivatives only), or None for the best that serves the call.
       axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
         device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
@@ -149,12 +150,13 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     state = init(b, heads, h, value.shape[3], normalize=normalize, dtype=accumulator_dtype(query.dtype))
     if initial_state is not None:
         state = _check_state(initial_state, state)
-    if implementation is None:
-        implementation = "recurrent" if t == 1 and is_causal and axis_name is None else "chunked"
+    if implementation is None and t == 1 and is_causal and axis_name is None:
+        implementation = "recurrent"
     _check_implementation(implementation, is_causal, axis_name)
-    interpret = linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size) if implementation == "pallas" else None
+    served = lambda: ("pallas", linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size))
+    implementation, kernels = prefer(implementation, served, lambda: (implementation or "chunked", None))
     plan = _Plan(implementation, is_causal, feature_map or _identity, normalize, normalizer_floor,
-                 1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, interpret)
+                 1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, kernels)
     out, state = _attend(plan, query, key, value, log_decay, segment_ids, state)
     return (out, state) if return_state else out
 
@@ -239,7 +241,7 @@ def _check_state(given, expected):
 
 
 def _check_implementation(implementation, is_causal, axis_name):
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if not is_causal and implementation == "recurrent":
         raise NotImplementedError("implementation: 'recurrent' reads tokens in order and needs is_causal=True; 'chunked' serves")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnx.core.blockwise import Blockwise
+from attnx.core.blockwise import load
 from attnx.core.operations import row_operands
 from attnx.core.program import Data, Program
 from attnx.core.tiling import Tiling, Where, over_lanes, pad_to_blocks
@@ -23,7 +23,6 @@ def scores(program: Program, data: Data):
         return jnp.zeros((b, k, g, t, s), tile.accumulator_dtype(data.query.dtype)), jnp.zeros((b, k, g, t, s), bool)
     tiling = Tiling(t, s, k)
     data = pad_to_blocks(program, data, tiling)
-    load = Blockwise(program, tiling).load
 
     def head(q, k, v, rows, at, blocks):
         s = tile.shape_scores(program.parts, tile.raw_scores(program.parts, q, k, at, blocks), at, blocks)
@@ -31,7 +30,7 @@ def scores(program: Program, data: Data):
 
     def element(b):
         where = Where(b, 0, 0, 0)
-        keys, v, positions, blocks = load(data, where)
+        keys, v, positions, blocks = load(program, data, where, tiling)
         return over_lanes(head, program, data, where, tiling)(data.query[b], keys, v, (), positions, blocks)
 
     return jax.vmap(element)(jnp.arange(b, dtype=jnp.int32))

@@ -4,7 +4,7 @@
 
 The table of chosen blocks is traced: what a mechanism of dynamic sparsity computes from queries and keys. Executed by gathering: a few
 query blocks and some of their key blocks make one tile, whose mathematics is the pairs engine's (:mod:`attnx.core.operations`), so scores, masks,
-weights and their gradients are the same. Gradients of keys are scattered back. On a TPU the fused kernels of the pairs engine do it without gathering
+weights and their gradients are the same. Gradients of keys are scattered back. On TPU and GPU the fused kernels of the pairs engine do it without gathering
 (:mod:`attnx.core.selected_fused`).
 """
 
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from attnx.core import checks
 from attnx.core.attention import attention, execute, prepare, sink_of
+from attnx.core.fused import prefer
 from attnx.core.program import Data, Program, unbind_output
 from attnx.core.selected_fused import choose_fused
 from attnx.core.selected_gathered import Chosen, Extra, Selected
@@ -51,7 +52,7 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
       scores, mask, weights, scale, dropout_rate, dropout_key: as in :func:`attnx.attention`. Masks and scores see logical positions.
       query_positions, key_positions: as there; -1 is padding.
       implementation: "reference" (the pairs engine's, under the equivalent mask: O(T S) memory, forward mode), "gathered" (XLA, any backend), "pallas"
-        (fused TPU kernels; block sizes powers of two from 8, at their best from 128), or None for the best of the first two.
+        (fused kernels; block sizes powers of two, from 8 on a TPU and from 16 on a GPU, at their best from 128), or None for the best that serves the call.
       return_residual: also return r [B, T, N], the log of each row's normaliser, -inf for rows that attend to nothing. Exponential weights only.
 
     Returns:
@@ -93,8 +94,8 @@ def selected_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K 
         return attention(query, key, value, implementation="reference", return_residual=return_residual, **parts)
     _, program, data = prepare(query, key, value, **parts)
     gathered = choose(program, data, bq, bk)
-    executor = choose_fused(program, data, gathered) if implementation == "pallas" else gathered
-    out, r = execute(executor, data, sink_of(program, weights))
+    run = lambda executor: execute(executor, data, sink_of(program, weights))
+    out, r = prefer(implementation, lambda: run(choose_fused(program, data, gathered)), lambda: run(gathered))
     out = unbind_output(out, query.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 

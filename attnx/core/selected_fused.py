@@ -1,7 +1,7 @@
 """The ``pallas`` execution of the selected engine: the fused kernels of the pairs engine on a list of tiles that the table of chosen blocks writes.
 
 The list is as long as the table, so neither work nor memory grows with the product of the lengths. A tile lies in one chosen block, or holds
-several small ones; in the kernel the table then tells its pairs apart. Lists that are too long for scalar memory together are worked off one by one.
+several small ones; in the kernel the table then tells its pairs apart. Lists that are too long for a TPU's scalar memory together are worked off one by one.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from attnx.core.tiling import Tiling, cover, map_operands, widen, without_paddin
 from pallas_kernels import flash
 from pallas_kernels.flash.entries import Choice
 from pallas_kernels.flash.schedule import SCALARS, Listed
-from pallas_kernels.flash.tiles import power
-from pallas_kernels.parts import And
+from pallas_kernels.parts import And, Similarity
+from pallas_kernels.tiles import Tiles, choose_tiles, power
 
-SMALLEST, TILE = 8, 512  # of a block, by the vector units' rows; of a tile, as in the pairs engine
+SMALLEST = {"tpu": 8, "gpu": 16}  # of a block: rows of the vector units, or of a matrix product
+DTYPES = {"tpu": (jnp.float32, jnp.bfloat16), "gpu": (jnp.float32, jnp.bfloat16, jnp.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class FusedSelected(fused.Fused):
         return self.gathered.fold_rows(data, init_block, body, finish, rows, differentiable=True)
 
     def _kernels(self, name: str, tiling: Tiling, data: Data):
+        if self.tiles is not None:
+            return partial(self._run_on_gpu, name, tiling)
         run, steps = partial(self._run, name, tiling), self._steps(tiling, data)
         for axis in (1, 0):  # heads inside batch elements
             if math.prod(steps[axis:]) > SCALARS and data.query.shape[axis] > 1:
@@ -62,14 +65,37 @@ class FusedSelected(fused.Fused):
         heads = k * g if any(spec.group for spec in specs) else k if any(spec.kv for spec in specs) else 1
         return b if by_batch else 1, heads, nq * min(in_row, nk) + max(nq, nk)
 
-    def _run(self, name: str, tiling: Tiling, data: Data, *args):
+    def _plan(self, tiling: Tiling):
+        """The static half of a launch, and whether blocks have scores."""
         program, sizes, blocks = self.program, self.program.sizes, self.gathered.tiling
         scored = bool(program.parts.scores) and isinstance(program.parts.scores[-1], Extra)
         number = sum(map(len, program.specs.scores))  # of the table among all operands; the scores come before it
         choice = Choice(blocks.bq, blocks.bk, number, number - 1 if scored else None)
+        return flash.Plan(program.specs, tiling.bq, tiling.bk, sizes.queries, sizes.keys, sizes.offsets[0], program.contiguous, self.interpret, choice), scored
+
+    def _run_on_gpu(self, name: str, tiling: Tiling, data: Data, *args):
+        """A fold whose tiles lie in one chosen block each, and have a list for every head that chooses for itself."""
+        program, blocks, operands = self.program, self.gathered.tiling, data.operands
+        plan, scored = self._plan(tiling)
+
+        def table(bq, bk):
+            chosen = _by_tile(data.query.shape[3] // bq, blocks.bq, bq, operands.mask[0], fill=-1)
+            return _listed(program, data, Tiling(bq, bk, 1), blocks, chosen)
+
+        def whole(x, fill):  # powers of two of entries for every block of the padded queries
+            more = -(-data.query.shape[3] // blocks.bq) - x.shape[5], power(x.shape[6]) - x.shape[6]
+            return widen(widen(x, 5, more[0], constant_values=fill), 6, more[1], constant_values=fill)
+
+        given = operands._replace(mask=(whole(operands.mask[0], -1), *operands.mask[1:]))
+        if scored:
+            given = given._replace(scores=(*operands.scores[:-1], (whole(operands.scores[-1][0], 0),)))
+        return getattr(flash.gpu, name)(plan, self.tiles, table, data._replace(operands=given), *args)
+
+    def _run(self, name: str, tiling: Tiling, data: Data, *args):
+        program, blocks = self.program, self.gathered.tiling
+        plan, scored = self._plan(tiling)
         by_tile = partial(_by_tile, data.query.shape[3] // tiling.bq, blocks.bq, tiling.bq)
         table = by_tile(data.operands.mask[0], fill=-1)
-        plan = flash.Plan(program.specs, tiling.bq, tiling.bk, sizes.queries, sizes.keys, sizes.offsets[0], program.contiguous, self.interpret, choice)
         run = partial(getattr(flash.tpu, name), plan, _listed(program, data, tiling, blocks, table))
         operands = data.operands._replace(mask=(table, *data.operands.mask[1:]))
         if not scored:
@@ -125,18 +151,30 @@ def choose_fused(program: Program, data: Data, gathered: Selected) -> FusedSelec
     """The executor of a call, or NotImplementedError that says what the kernels lack for it."""
     lacks, instead = "implementation='pallas': the kernels of the selected engine", "use 'gathered' or None"
     interpret, platform = fused.target()
-    bq, bk, _ = gathered.tiling
-    if platform != "tpu":
-        raise NotImplementedError(f"{lacks} are for TPU, the backend is {platform!r}; {instead} (attnx.core.fused.forced() emulates them)")
-    if any(n != power(n, SMALLEST) for n in (bq, bk)):
-        raise NotImplementedError(f"{lacks} take block_sizes that are powers of two and at least {SMALLEST}, got {(bq, bk)}; {instead}")
+    (bq, bk, _), (h, hv), dtype = gathered.tiling, (data.query.shape[-1], data.value.shape[-1]), data.query.dtype
+    if platform not in SMALLEST:
+        raise NotImplementedError(f"{lacks} are for TPU and GPU, the backend is {platform!r}; {instead} (attnx.core.fused.forced() emulates them)")
+    if any(n != power(n, SMALLEST[platform]) for n in (bq, bk)):
+        raise NotImplementedError(f"{lacks} take block_sizes that are powers of two and at least {SMALLEST[platform]}, got {(bq, bk)}; {instead}")
     if any(spec.offset for spec in program.flat_specs) and not program.contiguous:
         raise NotImplementedError(f"{lacks} read offset tables (relative position biases) at consecutive positions only; leave out query_positions and "
                                   f"key_positions, or {instead}")
-    if data.value.shape[-1] == 1:
-        raise NotImplementedError(f"{lacks} take no values of size 1; {instead}")
-    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"{lacks} compute in float32 and bfloat16, not in {data.query.dtype}; {instead}")
-    fit = lambda size, length: min(TILE, max(128, size), power(length, 128))
-    tiling = Tiling(fit(bq, program.sizes.queries), fit(bk, program.sizes.keys), 1)
-    return FusedSelected(without_padding(program, tiling), tiling, None, interpret, gathered)
+    if hv == 1 or (h == 1 and platform == "gpu"):
+        raise NotImplementedError(f"{lacks} take no values{' or heads' if platform == 'gpu' else ''} of size 1; {instead}")
+    if interpret is False and dtype not in DTYPES[platform]:
+        raise NotImplementedError(f"{lacks} compute in {', '.join(jnp.dtype(d).name for d in DTYPES[platform])}, not in {dtype}; {instead}")
+    if platform == "tpu":
+        fit = lambda most, size, length: min(most, max(128, size), power(length, 128))
+        most = fused.default_sizes("flash", "tpu", data.query, data.value)
+        tiling = Tiling(fit(most.bq, bq, program.sizes.queries), fit(most.bk, bk, program.sizes.keys), 1)
+        return FusedSelected(without_padding(program, tiling), tiling, None, interpret, gathered)
+    if any(isinstance(score, Similarity) for score in program.parts.scores) and h != power(h):
+        raise NotImplementedError(f"{lacks} pad head sizes with zeros to a power of two from 16 on a GPU, which a similarity might mind; got head size {h}; {instead}")
+    inside = [x for x in jax.tree.leaves(data.operands) if x.ndim > 5 and x is not data.operands.mask[0]]
+    if interpret is False and len(inside) > any(isinstance(score, Extra) for score in program.parts.scores):
+        raise NotImplementedError(f"{lacks} take no operands with axes of their own (None among an Operand's axes) on a GPU; {instead}")
+    chosen = choose_tiles(fused.default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy=True)
+    chosen = Tiles(*(tile._replace(bq=min(tile.bq, bq), bk=min(tile.bk, bk), warps=4 if bq * bk < 4096 else tile.warps) for tile in chosen))
+    (rows, keys), largest = chosen.rows[:2], chosen.largest
+    padded = Tiling(max(rows, largest[0]), max(keys, largest[1]), 1)
+    return FusedSelected(without_padding(program, padded), Tiling(rows, keys, 1), chosen, interpret, gathered)

@@ -2,7 +2,8 @@
 
 The tile table says of each (query block, key block) whether every pair is allowed, some may be, or none is. It comes from interval
 arithmetic on positions and mask operands (:meth:`pallas_kernels.parts.Mask.block`), so static and traced masks take the same path,
-and costs one entry a tile. A run-time list of the tiles worth visiting follows from it: full ones first, then partial ones.
+and costs one entry a tile. A run-time list of the tiles worth visiting follows from it: full ones first, then partial ones. Where the
+mask limits how far a query sees, a single tile that slides along with the block is wide enough for all.
 """
 
 import dataclasses
@@ -15,7 +16,10 @@ from jax import lax
 from attnx.core.checks import check_block_sizes
 from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, Spec
+from pallas_kernels.flash.schedule import Visits, visits
 from pallas_kernels.parts import At, Blocks, Cover, Range
+
+WIDEST = 1024  # how far tiles that slide may see: the wider, the more of a full tile on a grid is gone for a mask
 
 
 class Tiling(NamedTuple):
@@ -32,11 +36,28 @@ def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
     Two tiles of 512x512 at a time keep the cores busy and share what a step costs besides; smaller tiles come in larger numbers. Heads that differ in
     what their mask allows go one by one, for only what none of those evaluated together sees can be skipped.
     """
-    _, k, g, t, _ = data.query.shape
     bq, bk = (512, 512) if block_sizes is None else check_block_sizes(block_sizes)
-    bq, bk = min(bq, t), min(bk, data.key.shape[2])
-    together = 1 if any(spec.kv for spec in program.specs.mask) else 2 * 512 * 512 // max(1, g * bq * bk)
-    return Tiling(bq, bk, max([n for n in range(1, k + 1) if k % n == 0 and n <= together], default=1))
+    alone = any(spec.kv for spec in program.specs.mask)
+    return _tiling(data, bq, bk, bk, 1 if alone else 2 * 512 * 512)
+
+
+def choose_sliding(program: Program, data: Data) -> tuple[Tiling, tuple[int, int]] | None:
+    """Blocks for tiles that slide, and how many positions before and after its own a query sees; None where tiles on a grid serve better.
+
+    The smaller the block, the less of its tile is hidden; 128 rows still feed the cores well.
+    """
+    before, after = program.parts.mask.span() if program.contiguous and program.parts.mask is not None else (None, None)
+    if before is None or after is None or before + after > WIDEST:
+        return None
+    return _tiling(data, 128, 128, 128 + before + after, 2 * 512 * 512), (before, after)
+
+
+def _tiling(data: Data, bq: int, bk: int, width: int, pairs: int) -> Tiling:
+    """Blocks no longer than the call, of as many heads at a time as have ``pairs`` pairs together in tiles of ``width`` keys; at least one."""
+    _, k, g, t, _ = data.query.shape
+    s = data.key.shape[2]
+    together = pairs // max(1, g * min(bq, t) * min(width, s))
+    return Tiling(min(bq, t), min(bk, s), max([n for n in range(1, k + 1) if k % n == 0 and n <= together], default=1))
 
 
 def without_padding(program: Program, tiling: Tiling) -> Program:
@@ -68,11 +89,12 @@ def pad(program: Program, data: Data, queries: int, keys: int) -> Data:
         key_positions=widen(data.key_positions, 1, more_k, constant_values=-1))
 
 
-def pad_to_blocks(program: Program, data: Data, tiling: Tiling) -> Data:
-    """Pads to whole blocks, and offset tables by one block on each side, for the bands of a corner tile reach that far."""
+def pad_to_blocks(program: Program, data: Data, tiling: Tiling, tile: Tiling | None = None) -> Data:
+    """Pads to whole blocks, and offset tables by one tile (of another size, if given) on each side, for the bands of a corner tile reach that far."""
+    tile = tiling if tile is None else tile
     data = pad(program, data, tiling.bq, tiling.bk)
     return data._replace(operands=map_operands(
-        lambda x, spec: widen(x, 3, (tiling.bq, tiling.bk), "edge") if spec.offset else x, data.operands, program.specs))
+        lambda x, spec: widen(x, 3, (tile.bq, tile.bk), "edge") if spec.offset else x, data.operands, program.specs))
 
 
 def unpad_operand(x, like, spec: Spec, tiling: Tiling):
@@ -136,16 +158,35 @@ def cover(program: Program, data: Data, tiling: Tiling, blocks=None) -> Cover:
     return Cover(some & certain.some, every & certain.every)
 
 
+def sweep(program: Program, data: Data, tiling: Tiling, reach=None, *, by_key: bool = False) -> tuple[Tiling, Data, Visits]:
+    """The tiles of a pass over all query blocks (or key blocks), the data padded to them, and which ones each block visits: by the first key (or query).
+
+    ``reach``: how many positions before and after its own a query sees at the most, in a call of default positions. Then each block visits one tile.
+    """
+    if reach is None:
+        data = pad_to_blocks(program, data, tiling)
+        found = visits(cover(program, data, tiling), lanes=tiling.lanes, by_key=by_key)
+        return tiling, data, found._replace(order=found.order * (tiling.bq if by_key else tiling.bk))
+    lengths = (data.query.shape[3], tiling.bq), (data.key.shape[2], tiling.bk)
+    (length, block), (other, inner) = lengths[::-1] if by_key else lengths
+    end = other + -other % inner
+    width = min(block + sum(reach) + -sum(reach) % 64, end)
+    tile = tiling._replace(bq=width) if by_key else tiling._replace(bk=width)
+    first = jnp.clip(jnp.arange(0, length, block, dtype=jnp.int32) - reach[by_key], 0, end - width)
+    one = jnp.ones((1, 1, first.size), jnp.int32)
+    return tile, pad_to_blocks(program, data, tiling, tile), Visits(first[None, None, :, None], 0 * one, one)
+
+
 # Reading blocks, adding gradients -----------------------------------------------------------------------------------
 
 
 class Where(NamedTuple):
-    """A tile's place: batch element, chunk of key-value heads, query block, key block (traced)."""
+    """A tile's place: batch element, chunk of key-value heads, first query, first key (traced)."""
 
     b: Any
     c: Any
-    i: Any
-    j: Any
+    query: Any
+    key: Any
 
 
 def _slice(x, starts, sizes):
@@ -164,12 +205,12 @@ def cut(x, starts, sizes):
 
 def rows_block(x, where: Where, tiling: Tiling):
     """[B, K, G, T, X] -> [lanes, G, bq, X]."""
-    return cut(x, (where.b, where.c * tiling.lanes, 0, where.i * tiling.bq, 0), (None, tiling.lanes, x.shape[2], tiling.bq, x.shape[4]))
+    return cut(x, (where.b, where.c * tiling.lanes, 0, where.query, 0), (None, tiling.lanes, x.shape[2], tiling.bq, x.shape[4]))
 
 
 def add_rows_block(total, block, where: Where, tiling: Tiling):
     """Adds [lanes, G, bq, X] to rows [B, K, G, T, X]."""
-    return _add(total, block[None], (where.b, where.c * tiling.lanes, 0, where.i * tiling.bq, 0))
+    return _add(total, block[None], (where.b, where.c * tiling.lanes, 0, where.query, 0))
 
 
 def by_token(x):
@@ -187,18 +228,18 @@ def by_head(x, groups: int):
 def token_rows_block(x, where: Where, tiling: Tiling, groups: int):
     """[B, T, N, X] -> [lanes, G, bq, X]."""
     heads = tiling.lanes * groups
-    return by_head(_slice(x, (where.b, where.i * tiling.bq, where.c * heads, 0), (1, tiling.bq, heads, x.shape[3])), groups)[0]
+    return by_head(_slice(x, (where.b, where.query, where.c * heads, 0), (1, tiling.bq, heads, x.shape[3])), groups)[0]
 
 
 def put_token_rows_block(total, block, where: Where, tiling: Tiling):
     """Writes [lanes, G, bq, X] to rows [B, T, N, X]."""
     block = by_token(block[None])
-    return lax.dynamic_update_slice(total, block, [jnp.asarray(s, jnp.int32) for s in (where.b, where.i * tiling.bq, where.c * block.shape[2], 0)])
+    return lax.dynamic_update_slice(total, block, [jnp.asarray(s, jnp.int32) for s in (where.b, where.query, where.c * block.shape[2], 0)])
 
 
 def keys_block(x, where: Where, tiling: Tiling):
     """[B, K, S, X] -> [lanes, bk, X]."""
-    return cut(x, (where.b, where.c * tiling.lanes, where.j * tiling.bk, 0), (None, tiling.lanes, tiling.bk, x.shape[3]))
+    return cut(x, (where.b, where.c * tiling.lanes, where.key, 0), (None, tiling.lanes, tiling.bk, x.shape[3]))
 
 
 def at_block(data: Data, where: Where, tiling: Tiling):
@@ -206,8 +247,8 @@ def at_block(data: Data, where: Where, tiling: Tiling):
     def get(p, start, size):
         return cut(p, (where.b if p.shape[0] > 1 else 0, start), (None, size))
 
-    return (get(data.query_positions, where.i * tiling.bq, tiling.bq)[:, None],
-            get(data.key_positions, where.j * tiling.bk, tiling.bk)[None, :])
+    return (get(data.query_positions, where.query, tiling.bq)[:, None],
+            get(data.key_positions, where.key, tiling.bk)[None, :])
 
 
 def _window(x, spec: Spec, where: Where, tiling: Tiling):
@@ -217,7 +258,7 @@ def _window(x, spec: Spec, where: Where, tiling: Tiling):
     sizes = [1, kv, x.shape[2]]
     if spec.offset:
         return starts + [0], sizes + [x.shape[3]]
-    starts += [where.i * tiling.bq if spec.query else 0, where.j * tiling.bk if spec.key else 0]
+    starts += [where.query if spec.query else 0, where.key if spec.key else 0]
     sizes += [tiling.bq if spec.query else 1, tiling.bk if spec.key else 1]
     return starts + [0] * (x.ndim - 5), sizes + list(x.shape[5:])
 

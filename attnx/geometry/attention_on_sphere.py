@@ -98,12 +98,12 @@ class Neighborhoods(NamedTuple):
     The neighbours of output longitude o are those listed for ``o % phases``, ``o // phases * stride`` longitudes on, modulo their number.
 
     Attributes:
-      index: int32 [latitudes out, phases, K, 2], latitude and longitude; zeros where there are fewer than K.
+      points: int32 [latitudes out, phases, K, 2], latitude and longitude; zeros where there are fewer than K.
       mask: bool [latitudes out, phases, K].
       stride: input longitudes from one output longitude of a phase to the next.
     """
 
-    index: np.ndarray
+    points: np.ndarray
     mask: np.ndarray
     stride: int
 
@@ -127,7 +127,7 @@ def s2_neighborhood_index(in_shape: tuple[int, int], out_shape: tuple[int, int],
 
     >>> near = s2_neighborhood_index((5, 8), (5, 8))
     >>> near.mask.sum(-1)[:, 0].tolist()  # a pole sees all of its ring and the next
-    [16, 13, 5, 13, 16]
+    [16, 12, 5, 12, 16]
     """
     columns, (out_rows, out_columns) = in_shape[1], out_shape
     if columns % out_columns and out_columns % columns:
@@ -252,13 +252,13 @@ def s2_neighborhood_attention(query: Float[Array, "B P Q N H"], key: Float[Array
     True
     """
     _check(query, key, value, key_mask)
-    in_shape, out_shape, grids = key.shape[1:3], query.shape[1:3], tuple(grids)
+    in_shape, out_shape, grids = key.shape[1:3], query.shape[1:3], (grids[0], grids[1])
     near = s2_neighborhood_index(in_shape, out_shape, grids, theta_cutoff)
     if implementation not in (None, "gathered"):
         cutoff = _default_cutoff(in_shape, out_shape, grids) if theta_cutoff is None else theta_cutoff
-        angles = [_angles(out_shape, grids[1]), _angles(in_shape, grids[0])]
-        return s2_attention(query, key, value, grid=grids[0], key_mask=key_mask, scale=scale, mask=Disk(*(x for pair in angles for x in pair), float(cutoff)),
-                            implementation=implementation, block_sizes=block_sizes)
+        disk = Disk(*_angles(out_shape, grids[1]), *_angles(in_shape, grids[0]), cutoff=float(cutoff))
+        return s2_attention(query, key, value, grid=grids[0], key_mask=key_mask, scale=scale, mask=disk, implementation=implementation,
+                            block_sizes=block_sizes)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     checks.check_query_key_value(*map(_flat, (query, key, value)))
     ring = functools.partial(_ring, _flat(key), _flat(value), _log_weights(in_shape, grids[0]), None if key_mask is None else key_mask.reshape(len(key), -1),
@@ -274,10 +274,11 @@ def s2_neighborhood_attention(query: Float[Array, "B P Q N H"], key: Float[Array
     return jnp.moveaxis(jnp.concatenate(parts)[np.argsort(np.concatenate(order))], 0, 1)
 
 
-def _angles(shape, grid):
+def _angles(shape, grid) -> tuple[jax.Array, jax.Array]:
     theta = sphere_quadrature(*shape, grid)[0]
     lam = 2 * np.pi * np.arange(shape[1]) / shape[1]
-    return tuple(jnp.asarray(x.reshape(-1), float) for x in np.meshgrid(theta, lam, indexing="ij"))
+    theta, lam = np.meshgrid(theta, lam, indexing="ij")
+    return jnp.asarray(theta.reshape(-1), float), jnp.asarray(lam.reshape(-1), float)
 
 
 def _ring(key, value, log_weights, key_mask, scale, stride, columns, query, index, mask):
@@ -319,6 +320,9 @@ class SphereMechanism:
         raise NotImplementedError("a sphere is seen at once and has no streaming form")
 
 
+_norm = functools.partial(nnx.RMSNorm, epsilon=float(np.finfo(np.float32).eps))
+
+
 class AttentionS2(Attention):
     """Multi-head :func:`s2_attention` of fields on grids.
 
@@ -349,12 +353,14 @@ class AttentionS2(Attention):
         for name, given in (("key_features", key_features), ("out_features", out_features)):
             if given % num_heads:
                 raise ValueError(f"{name}: expected a multiple of num_heads = {num_heads}, got {given}")
-        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape or in_shape)
-        mechanism = SphereMechanism(self.in_shape, self.out_shape, tuple(grids), self._local, (*self._local_options(options), ("scale", scale),
+        out_shape = out_shape or in_shape
+        self.in_shape, self.out_shape = (in_shape[0], in_shape[1]), (out_shape[0], out_shape[1])
+        mechanism = SphereMechanism(self.in_shape, self.out_shape, (grids[0], grids[1]), self._local, (*self._local_options(options), ("scale", scale),
                                                                                              ("implementation", implementation)))
+        settings: dict[str, Any] = {"use_bias": True, "kernel_init": nnx.initializers.glorot_uniform()} | options
         super().__init__(features, num_heads, mechanism=mechanism, head_size=key_features // num_heads, value_size=out_features // num_heads,
-                         out_features=out_features, qk_norm="rms" if qk_norm else None, rngs=rngs,
-                         **{"use_bias": True, "kernel_init": nnx.initializers.glorot_uniform()} | options)
+                         out_features=out_features, qk_norm=_norm if qk_norm else None, rngs=rngs,
+                         **settings)
 
     _local = False
 

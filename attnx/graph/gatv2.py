@@ -101,7 +101,7 @@ def _check(query, key, vector, shapes, words):
     for name, x in (("query", query), ("key", key)):
         if x.ndim != 3 or x.shape[1:] != query.shape[1:]:
             raise ValueError(f"{name}: expected shape [nodes, N, H], the same heads in query and key, got {checks.describe(x)}")
-    if vector is None or vector.shape not in shapes:
+    if vector.shape not in shapes:
         raise ValueError(f"vector: expected shape {words} with N, H = {query.shape[1:]} as in query, got {checks.describe(vector)}")
 
 
@@ -152,6 +152,8 @@ def graph_attention(query: Float[Array, "V N H"], key: Float[Array, "U N H"], se
             raise ValueError("kind: 'dpgat' scores by dot products and takes neither vector nor edge_features")
         return edges.edge_attention(query, key, key, senders, receivers, edge_mask=edge_mask, self_loops=self_loops, dropout_rate=dropout_rate,
                                     dropout_key=dropout_key, return_weights=return_weights)
+    if vector is None:
+        raise ValueError(f"vector: expected an array with kind={kind!r}, got None")
     if self_loops:
         if key.shape[0] != query.shape[0]:
             raise ValueError(f"self_loops: expected as many keys as queries, {query.shape[0]}, got {checks.describe(key)}")
@@ -232,7 +234,7 @@ def dense_graph_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S
     shape = {"gatv2": query.shape[2:], "gat": (2, *query.shape[2:]), "dpgat": None}[kind]
     if (None if vector is None else vector.shape) != shape:
         raise ValueError(f"vector: expected {'None' if shape is None else list(shape)} for kind={kind!r}, got {checks.describe(vector)}")
-    score = {"gatv2": lambda: (GATv2(vector, slope),), "gat": lambda: (GAT(vector, slope),), "dpgat": tuple}[kind]()
+    score = () if vector is None else ((GATv2 if kind == "gatv2" else GAT)(vector, slope),)
     mask = None if adjacency is None else explicit(adjacency[:, None] if jnp.ndim(adjacency) == 3 else adjacency)
     return attention(query, key, value, scores=score, mask=mask, **options)
 

@@ -39,8 +39,8 @@ def lightning_slopes(num_heads: int, layer: int = 0, num_layers: int = 1) -> np.
     Returns:
       float32 [N], at least 0, nats a token.
 
-    >>> lightning_slopes(2, layer=1, num_layers=3).round(4).tolist()
-    [0.0313, 0.002]
+    >>> [f"{slope:.4f}" for slope in lightning_slopes(2, layer=1, num_layers=3)]
+    ['0.0313', '0.0020']
     """
     checks.check_integer("num_layers", num_layers, least=1)
     if not 0 <= checks.check_integer("layer", layer, least=0) < num_layers:

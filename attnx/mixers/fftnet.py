@@ -10,6 +10,7 @@ all tokens. Without the MLP it is a circular convolution; with a fixed filter ov
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,13 +171,14 @@ class FFTNetMixer(nnx.Module):
             raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}")
         count = bins(checks.check_integer("length", length, least=1), fft)
         self.features, self.length, self.num_heads = features, length, num_heads
-        self.options = dict(activation=activation, fft=fft, filter=filter)
+        self.options: dict[str, Any] = dict(activation=activation, fft=fft, filter=filter)
         self.dropout_rate = checks.check_dropout_rate(dropout_rate)
         self.base = nnx.Param(jnp.ones((num_heads, count), param_dtype))
         self.bias = nnx.data(None) if activation == "split_gelu" else nnx.Param(jnp.full((num_heads, count), -0.1, param_dtype))
         outputs = num_heads * count * (1 if self.bias is None else 2)
         dense = lambda inputs, outputs: nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.hidden, self.modulation = (dense(features, features), dense(features, outputs)) if adaptive else (nnx.data(None), nnx.data(None))
+        self.hidden: Any = dense(features, features) if adaptive else nnx.data(None)
+        self.modulation: Any = dense(features, outputs) if adaptive else nnx.data(None)
 
     def __call__(self, x: Float[Array, "B T D"], *, positions: Int[Array, "*B T"] | None = None, segment_ids=None, dropout_key: Array | None = None,
                  hooks=None, layer=0) -> Float[Array, "B T D"]:
@@ -196,7 +198,7 @@ class FFTNetMixer(nnx.Module):
         batch, length, _ = x.shape
         real = jnp.ones((1, length), bool) if positions is None else jnp.broadcast_to(positions >= 0, (batch, length))
         x = jnp.where(real[..., None], x, 0)
-        parts = [self.base[...], None, None if self.bias is None else self.bias[...]]
+        parts: list[Any] = [self.base[...], None, None if self.bias is None else self.bias[...]]
         if self.hidden is not None:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             mean = (jnp.sum(x, axis=1, dtype=wide) / jnp.maximum(real.sum(axis=1, keepdims=True), 1)).astype(x.dtype)
@@ -259,8 +261,9 @@ class FFTNetClassifier(nnx.Module):
         self.inputs, self.outputs = nnx.Linear(input_size, features, rngs=rngs), nnx.Linear(features, outputs, rngs=rngs)
         self.places = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, features))) if positions else nnx.data(None)
         self.blocks = nnx.List([FFTNetBlock(features, length, rngs=rngs, **options) for _ in range(num_blocks)])
-        for block in self.blocks if mixer is not None else ():
-            block.attention = mixer(rngs)
+        if mixer is not None:
+            for block in self.blocks:
+                block.attention = mixer(rngs)
         self.norm = nnx.LayerNorm(features, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T F"], *, positions: Int[Array, "*B T"] | None = None, dropout_key: Array | None = None) -> Float[Array, "B C"]:

@@ -55,7 +55,7 @@ class EMA(NamedTuple):
     omega: Float[Array, " D"]
 
 
-def _coefficients(params):
+def _coefficients(params: EMA) -> tuple[Array, Array, Array]:
     """Decay, gain and readout."""
     step = jax.nn.sigmoid(params.delta)
     return 1 - step * jax.nn.sigmoid(params.alpha), step * params.beta, params.gamma / math.sqrt(params.gamma.shape[1])
@@ -107,8 +107,8 @@ def multihead_ema(x: Float[Array, "B T D"], params: EMA, *, positions: Int[Array
             average = partial(ema, implementation=implementation)
             y = average(seen, *past, segment_ids=segment_ids) + jnp.flip(average(jnp.flip(seen, 1), *future, segment_ids=turned), 1)
         elif x.size:
-            kernels = [ema_kernel(*side, x.shape[1]) for side in (past, future)]
-            y = convolution(seen, two_sided_kernel(*kernels), origin=x.shape[1] - 1, implementation=implementation or "fft")
+            forward, backward = (ema_kernel(side[0], side[1], side[2], x.shape[1]) for side in (past, future))
+            y = convolution(seen, two_sided_kernel(forward, backward), origin=x.shape[1] - 1, implementation=implementation or "fft")
         else:
             y = seen
     y = (y + params.omega * x).astype(x.dtype)
@@ -159,7 +159,7 @@ def _mask(causal, chunk, segment_ids=None):
     return mask
 
 
-def _parts(activation, table):
+def _parts(activation, table) -> dict[str, Any]:
     checks.check_choice("activation", activation, tuple(ACTIVATIONS))
     return dict(scores=() if table is None else (RelativeTable(table),), weights=ACTIVATIONS[activation](), scale=1.0)
 
@@ -209,13 +209,12 @@ def gated_attention(query: Float[Array, "B T Z"], key: Float[Array, "B T Z"], va
     if table is not None and (table.ndim != 1 or table.shape[0] % 2 == 0 or table.shape[0] < 2 * needed - 1):
         raise ValueError(f"table: expected shape [2 L - 1] with L of at least {needed}, got {checks.describe(table)}")
     mask = _mask(causal, chunk, segment_ids)
-    places = {} if positions is None else {"query_positions": positions, "key_positions": positions}
+    places: dict[str, Any] = {} if positions is None else {"query_positions": positions, "key_positions": positions}
     if activation == "softmax":
         query = query * query.shape[-1] ** -0.5
     else:
         query = _divided(query, _count(query, mask, causal, chunk, places, segment_ids is not None))
-    heads = (x[:, :, None] for x in (query, key, value))
-    return attention(*heads, mask=mask, **parts, **places, **options)[:, :, 0]
+    return attention(query[:, :, None], key[:, :, None], value[:, :, None], mask=mask, **parts, **places, **options)[:, :, 0]
 
 
 def _divided(query, count):
@@ -306,7 +305,7 @@ class MegaLayer(nnx.Module):
         """The bias by offset, or None."""
         if self.bias is None:
             return None
-        return rotary_table(*self.bias[...], self.reach) if self.bias_kind == "rotary" else self.bias[...]
+        return rotary_table(self.bias[0], self.bias[1], self.reach) if self.bias_kind == "rotary" else self.bias[...]
 
     @property
     def ema(self) -> EMA:

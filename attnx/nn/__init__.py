@@ -9,7 +9,7 @@ from attnx.nn.frozen import Constant
 from attnx.nn.lstm import LSTMState, StackedLSTM
 from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
-from attnx.nn.record import record
+from attnx.nn.recording import record
 from attnx.nn.stack import Stack
 from attnx.nn.switch import set_mechanism
 

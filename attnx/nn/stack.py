@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnx.core import cache
-from attnx.nn.record import Tape, join
+from attnx.nn.recording import Tape, join
 
 
 class Stack(nnx.Module):

@@ -275,7 +275,7 @@ def _per_label(query, table):
 
 def _of_labels(buckets, table):
     """Vectors weighed by what each label weighs, [B, t, N, Hv]."""
-    return _dot("bntr,nrv->btnv", buckets.astype(table.dtype), jnp.broadcast_to(table, (buckets.shape[1], *table.shape[1:])))
+    return jnp.einsum("bntr,nrv->btnv", buckets, jnp.broadcast_to(table, (buckets.shape[1], *table.shape[1:])).astype(buckets.dtype))
 
 
 class _Bucketed(_Gathered):

@@ -18,7 +18,7 @@ Any mechanism takes the place of the one that the checkpoint was trained with, i
   (6, 1, 12, 8, 8)
 """
 
-from attnx.pretrained.load import load
+from attnx.pretrained.loading import load
 from attnx.pretrained.model import Pretrained
 from attnx.pretrained.sources import HUB, PACKAGED, Packaged, PretrainedError, fetch, find
 

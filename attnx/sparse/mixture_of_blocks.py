@@ -123,7 +123,7 @@ def moba_gate(query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], *, b
     >>> import jax, jax.numpy as jnp
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 4))
     >>> moba_gate(q, k, block_size=2, num_blocks=3)[0, 0, ::2].tolist()
-    [[-1, -1], [0, -1], [1, 0], [0, 1]]
+    [[-1, -1], [0, -1], [1, 0], [2, 0]]
     """
     query, key, _, layout = _check(query, key, None, block_size, num_blocks, segment_ids, key_positions)
     return _choose(query, _means(_blocks(key, layout, block_size), block_size), layout.low, layout.high, num_blocks - 1)

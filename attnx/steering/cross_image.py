@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -269,18 +268,18 @@ def cross_image_hooks(step, layers: Sequence[int], *, schedule: CrossImageSchedu
     >>> (jnp.abs(layer(x, hooks=hooks) - layer(x)).max((1, 2)) > 1e-3).tolist()
     [True, False, False]
     """
-    layers = jnp.asarray(tuple(layers), jnp.int32)
+    chosen = jnp.asarray(tuple(layers), jnp.int32)
 
     def active(tokens, layer):
         side = math.isqrt(tokens)
-        return jnp.any(layer == layers) & schedule.swaps(step, side) if side**2 == tokens else jnp.zeros((), bool)
+        return jnp.any(layer == chosen) & schedule.swaps(step, side) if side**2 == tokens else jnp.zeros((), bool)
 
     def swap(value, layer, at):
         source = jnp.where(active(value[0].shape[1], layer), schedule.source(step), OUTPUT)
         return cross_image_qkv(*value, source)
 
     def sharpen(value, layer, at):
-        chosen = active(value.shape[-2], layer) & (jnp.arange(value.shape[0]) == OUTPUT)
-        return jnp.where(chosen[:, None, None, None], contrast_weights(value, contrast), value)
+        changed = active(value.shape[-2], layer) & (jnp.arange(value.shape[0]) == OUTPUT)
+        return jnp.where(changed[:, None, None, None], contrast_weights(value, contrast), value)
 
     return {"qkv": swap} | ({} if isinstance(contrast, (int, float)) and contrast == 1 else {"weights": sharpen})

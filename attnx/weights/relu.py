@@ -15,6 +15,8 @@ from pallas_kernels.parts import Weights, part
 class Relu(Weights):
     """See :func:`relu`."""
 
+    vanishes = True
+
     def weight(self, s, statistics):
         return jax.nn.relu(s)
 

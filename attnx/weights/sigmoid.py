@@ -19,6 +19,7 @@ class Sigmoid(Weights):
     """See :func:`sigmoid`."""
 
     bias: Any = None
+    vanishes = True
 
     def operands(self, sizes):
         return () if self.bias is None else (Operand(self.bias, ("head",) * jnp.ndim(self.bias)),)

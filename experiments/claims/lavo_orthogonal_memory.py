@@ -1,8 +1,9 @@
 """The paper: of efficient attentions, windows with an orthogonal memory extrapolate best to longer text, at a cost in proportion to the length.
 
-Here: a two-layer decoder of bytes (width 64, four heads, eight directions, windows of 32) is trained 600 steps on windows of 128 bytes of Python source; the same without its memory (every
-window a document of its own); and one with full softmax attention and learned positions. Bits per byte are measured on held-out files in windows of 128, and on the last 64
-bytes of windows of 128, 512 and 2048, which end with the same bytes. The processor time of a forward pass is taken at 512 to 8192 tokens, the quickest of several.
+Here: a two-layer decoder of bytes (width 64, four heads, eight directions, windows of 32) is trained 600 steps on windows of 128 bytes of Python source; the
+same without its memory (every window a document of its own); and one with full softmax attention and learned positions. Bits per byte are measured on held-out
+files in windows of 128, and on the last 64 bytes of windows of 128, 512 and 2048, which end with the same bytes. The
+processor time of a forward pass is taken at 512 to 8192 tokens, the quickest of several.
 The claim holds if at 2048 LAVO loses at most 3% of what it has at 128, it beats windows alone at 128, and the time a token at 8192 is at most 1.25 times that at 512.
 """
 

@@ -1,8 +1,10 @@
-"""The paper: attention to the few blocks of keys whose means a query likes best models text as well as full attention, and a model switches between the two without training.
+"""The paper: attention to the few blocks of keys whose means a query likes best models text as well as full attention, and a model switches between the two
+without training.
 
-Here: a two-layer decoder of bytes (width 64, four heads, rotary positions) is trained 500 steps on windows of 256 bytes of Python source with full attention, with MoBA (blocks of 16,
-three to a query), with a window of 48 bytes, and with the own block and two earlier ones drawn at random for each query and head. Bits per byte are measured on the last
-quarter of held-out windows; also where their last 64 bytes are made to repeat their first 64, and of the MoBA model run with full attention.
+Here: a two-layer decoder of bytes (width 64, four heads, rotary positions) is trained 500 steps on windows of 256 bytes of Python source with full attention,
+with MoBA (blocks of 16, three to a query), with a window of 48 bytes, and with the own block and two earlier ones drawn at random for each query and head. Bits
+per byte are measured on the last quarter of held-out windows; also where their last 64 bytes are made to repeat their first 64, and of the MoBA model run with
+full attention.
 The claim holds if MoBA is better than window and random blocks by 0.01 bits per byte, within 0.03 of full attention, and switching to that changes it by at most 0.02.
 """
 

@@ -29,7 +29,8 @@ class Choice(NamedTuple):
 
 def _blocks(choice: Choice, j, bk: int):
     """The numbers of the key blocks of tile ``j``."""
-    return [(j * bk) // choice.bk + n for n in range(max(1, bk // choice.bk))]
+    first = j * bk >> choice.bk.bit_length() - 1  # a power of two, and no signs
+    return [first + n for n in range(max(1, bk // choice.bk))]
 
 
 def names_any(choice: Choice, table, j, bk: int):

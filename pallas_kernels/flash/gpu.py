@@ -18,14 +18,13 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as _like
 from jax import lax
 
-from pallas_kernels.flash.gpu_launch import Here, Output, Plan, launch, store
+from pallas_kernels.flash.gpu_launch import Here, Output, Plan, launch
 from pallas_kernels.flash.gpu_quick import quickened
-from pallas_kernels.flash.launch import flat_specs
-from pallas_kernels.flash.operands import form
-from pallas_kernels.flash.schedule import visits
-from pallas_kernels.flash.tiles import Tile, Tiles, power
-from pallas_kernels.parts import Cover
+from pallas_kernels.flash.launch import flat_forms
+from pallas_kernels.flash.schedule import lists, spread_out
 from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.tiles import Tile, Tiles, power
+from pallas_kernels.triton import store
 
 
 class Uniform(NamedTuple):
@@ -41,7 +40,7 @@ def fold_rows(plan: Plan, tiles: Tiles, table: Callable, data, init: Callable, b
 
     Args:
       plan: ``bq`` and ``bk`` are what ``data`` was padded to; positions that are consecutive count from 0.
-      table: ``table(bq, bk)``, the tile table of ``data`` for tiles of that size, [B or 1, K or 1, G or 1, nq, nk].
+      table: ``table(bq, bk)``, the tile table of ``data`` for tiles of that size, [B or 1, K or 1, G or 1, nq, nk], or a listed one.
       data: arrays in the canonical layout, padded to whole blocks ('offset' tables by one block on either side): query [B, K, G, T, H],
         key [B, K, S, H], value [B, K, S, Hv] or None, operands, query_positions [B or 1, T], key_positions [B or 1, S], seed uint32 [2], origin int32 [2]
         (the batch element and key-value head of the whole call that come first here).
@@ -51,10 +50,23 @@ def fold_rows(plan: Plan, tiles: Tiles, table: Callable, data, init: Callable, b
 
     Returns the results as [B, K, G, T, X].
     """
-    with jax.ensure_compile_time_eval():
-        start = jax.tree.map(lambda x: Uniform(_widened(x.shape), x.dtype, x.ravel()[0].item()), init())
     results, body = jax.eval_shape(finish, jax.eval_shape(init)), quickened(body, plan.interpret)
-    return _sweep_keys(plan, tiles.rows, table, data, rows, start, body, finish, results, "fold_rows")
+
+    def step(carry, reader, here, *tile):
+        return body(carry, *tile)
+
+    return _sweep_keys(plan, tiles.rows, table, data, rows, uniform(init), step, finish, results, "fold_rows")
+
+
+def uniform(init: Callable):
+    """``init()`` as a pytree of :class:`Uniform`."""
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(lambda x: Uniform(_widened(x.shape), x.dtype, x.ravel()[0].item()), init())
+
+
+def begin(start):
+    """The carry that such a pytree stands for, inside a program."""
+    return jax.tree.map(lambda x: jnp.full(x.shape, x.number, x.dtype), start, is_leaf=lambda x: isinstance(x, Uniform))
 
 
 def fold_keys(plan: Plan, tiles: Tiles, table: Callable, data, body: Callable, rows, gradient_of):
@@ -67,10 +79,11 @@ def fold_keys(plan: Plan, tiles: Tiles, table: Callable, data, body: Callable, r
     Returns the gradients of query, key and value (in their dtypes), of ``gradient_of`` and of the inexact operands (in the accumulator's dtype), all
     shaped like the padded arrays.
     """
-    chosen = [(n, form(x, spec), x.shape) for n, (x, spec) in enumerate(
-        (x, spec) for x, spec in zip(jax.tree.leaves(data.operands), flat_specs(plan), strict=True) if jnp.issubdtype(x.dtype, jnp.inexact))]
+    leaves = jax.tree.leaves(data.operands)
+    chosen = [(n, f, x.shape) for n, (x, f) in enumerate(
+        (x, f) for x, f in zip(leaves, flat_forms(plan, leaves)) if jnp.issubdtype(x.dtype, jnp.inexact))]
     call = plan, table, data, quickened(body, plan.interpret), rows
-    (dq, drows), query_side = _query_side(*call, tiles.queries, gradient_of, [c for c in chosen if c[1].kind in ("query", "whole")])
+    (dq, drows), query_side = _query_side(*call, tiles.queries, gradient_of, [c for c in chosen if c[1].kind in ("query", "whole", "entry")])
     (dk, dv), key_side = _key_side(*call, tiles.keys, [c for c in chosen if c[1].kind == "key"])
     pairs = {c[0]: (_offset_side if c[1].kind == "offset" else _pair_side)(*call, tiles.pairs, c) for c in chosen if c[1].kind in ("pair", "offset")}
     gradients = {**query_side, **key_side, **pairs}
@@ -89,10 +102,9 @@ def _sweep_keys(plan, tile: Tile, table, data, rows, start, body, finish, result
 
         def visit(j, carry, masked):
             at = here._replace(j=j)
-            return body(carry, *reader.join(at, queries, reader.keys(at)), masked)
+            return body(carry, reader, at, *reader.join(at, queries, reader.keys(at)), masked)
 
-        carry = jax.tree.map(lambda x: jnp.full(x.shape, x.number, x.dtype), start, is_leaf=lambda x: isinstance(x, Uniform))
-        found = finish(reader.sweep(here, here.i, visit, carry))
+        found = finish(reader.sweep(here, here.i, visit, begin(start)))
         jax.tree.map(lambda ref, x, result: store(ref, result, x), outputs, found, results)
 
     def output(x):
@@ -100,21 +112,27 @@ def _sweep_keys(plan, tile: Tile, table, data, rows, start, body, finish, result
         return Output(_like((b, k, g, nq * n, *rest), x.dtype), (None, None, None, *_widened(x.shape)),
                       lambda step, g, k, b: (b, k, g, nq - 1 - step, *(0,) * len(rest)))
 
-    return launch(plan, tile, data, rows, visits(table(tile.bq, tile.bk)), (nq, g, k, b), program, jax.tree.map(output, results), name)
+    return launch(plan, tile, data, rows, lists(table(tile.bq, tile.bk)), (nq, g, k, b), program, jax.tree.map(output, results), name)
 
 
 def _query_side(plan, table, data, body, rows, tile: Tile, gradient_of, chosen):
     """dq, drows and the gradients of operands that do not vary over keys."""
     dtype = accumulator_dtype(data.query.dtype)
-    blocks = {n: _like((tile.bq if f.kind == "query" else 1, 1, *f.extra), dtype) for n, f, _ in chosen}
+    blocks = {n: _like((1, shape[6]) if f.kind == "entry" else (tile.bq if f.kind == "query" else 1, 1, *f.extra), dtype) for n, f, shape in chosen}
     results = (_like((tile.bq, data.query.shape[-1]), data.query.dtype), jax.tree.map(lambda x: _like((tile.bq, 1), x.dtype), gradient_of), blocks)
     start = jax.tree.map(lambda x: Uniform(_widened(x.shape), dtype, 0), results)
 
-    def step(carry, *args):
-        dq, _, _, drows, dblocks = body(*args)
-        return jax.tree.map(jnp.add, carry, (dq, drows, {n: dblocks[n] for n in blocks}))
+    def step(carry, reader, here, *tile):
+        dq, _, _, drows, dblocks = body(*tile)
+        mine = {n: jnp.where(reader.chosen(here), dblocks[n], 0) if f.kind == "entry" else dblocks[n] for n, f, _ in chosen}
+        return jax.tree.map(jnp.add, carry, (dq, drows, mine))
 
     dq, drows, found = _sweep_keys(plan, tile, table, data, rows, start, step, lambda carry: carry, results, "fold_keys_query_side")
+    for n, f, shape in chosen:
+        if f.kind == "entry":  # of a block of queries, from that of its tiles
+            tiles = found[n].shape[3], plan.choice.bq // tile.bq
+            x = jnp.pad(found[n], [(0, 0)] * 3 + [(0, shape[5] * tiles[1] - tiles[0]), (0, 0)])
+            found[n] = x.reshape(*x.shape[:3], shape[5], tiles[1], shape[6]).sum(4)
     shared = {n: [3] * (f.kind == "whole") + _shared_axes(f) for n, f, _ in chosen}
     return (dq, drows), {n: found[n].sum(shared[n], keepdims=True).reshape(shape) for n, _, shape in chosen}
 
@@ -160,7 +178,7 @@ def _key_side(plan, table, data, body, rows, tile: Tile, chosen):
     slots = {n: (groups if f.spec.group else 1, f.extra) for n, f, _ in chosen}
     operands = {n: Output(_like((b, k, g, s, 1, *extra), dtype), (None, None, g, tile.bk, 1, *extra), lambda j, k, b, zeros=(0,) * (1 + len(extra)): (b, k, 0, j, *zeros))
                 for n, (g, extra) in slots.items()}
-    main, found = launch(plan, tile, data, rows, visits(table(tile.bq, tile.bk), by_key=True), (s // tile.bk, k, b), program, (outputs, operands),
+    main, found = launch(plan, tile, data, rows, lists(table(tile.bq, tile.bk), by_key=True), (s // tile.bk, k, b), program, (outputs, operands),
                          "fold_keys_key_side", transposed=True)
     totals = {n: found[n].sum([axis for axis in _shared_axes(f) if axis < 2], keepdims=True).reshape(shape) for n, f, shape in chosen}
     return (main[0], main[1] if len(main) > 1 else None), totals
@@ -239,9 +257,9 @@ def _overlapped(x):
     return (jnp.pad(x[..., 0, :], after) + jnp.pad(x[..., 1, :], before)).reshape(*lead, (n + 1) * m)
 
 
-def _united(table: Cover, f):
+def _united(table, f):
     """Which tiles may hold an allowed pair for some head that shares the operand, [B or 1, K or 1, G or 1, nq, nk]."""
-    return table.some.any(tuple(_shared_axes(f)), keepdims=True)
+    return spread_out(table).some.any(tuple(_shared_axes(f)), keepdims=True)
 
 
 def _shared_axes(f) -> list[int]:

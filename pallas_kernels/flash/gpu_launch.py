@@ -15,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.compat import results_like
-from pallas_kernels.flash.launch import Plan, flat_specs
-from pallas_kernels.flash.operands import form
-from pallas_kernels.flash.tiles import Tile, power
+from pallas_kernels.flash.launch import Plan, flat_forms
 from pallas_kernels.parts import At
+from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.tiles import Tile
+from pallas_kernels.triton import load, whole, wide
 
 
 class Here(NamedTuple):
@@ -76,11 +77,13 @@ class Reader:
 
     def sweep(self, here: Here, outer, visit: Callable, carry):
         """Folds ``visit(inner, carry, masked)`` over the inner blocks that the lists have for the outer one."""
-        order, full, active = self.refs.lists
-        index = (*(place if n > 1 else 0 for place, n in zip(here, full.shape[:2])), outer)
-        whole, partial = full[index], active[index]
-        carry = lax.fori_loop(0, whole, lambda n, carry: visit(order[(*index, n)], carry, False), carry)
-        return lax.fori_loop(whole, partial, lambda n, carry: visit(order[(*index, n)], carry, True), carry)
+        order, *ends = self.refs.lists
+        (_, kv_heads, groups), heads = self.sizes, order.shape[1]
+        head = 0 if heads == 1 else here.k * groups + here.g if heads == kv_heads * groups else here.k
+        index = here.b if order.shape[0] > 1 else 0, head
+        first, full, active = (end[(*index, outer)] for end in ends)
+        carry = lax.fori_loop(first, full, lambda n, carry: visit(order[(*index, n)], carry, False), carry)
+        return lax.fori_loop(full, active, lambda n, carry: visit(order[(*index, n)], carry, True), carry)
 
     def queries(self, here: Here) -> Block:
         """The query block of ``here``."""
@@ -98,11 +101,14 @@ class Reader:
 
     def join(self, here: Here, queries: Block, keys: Block):
         """What a tile function wants: q, k, v, rows, at, blocks, seed."""
-        operands = {**queries.operands, **keys.operands, **self._operands(here, ("pair", "offset"))}
+        operands = {**queries.operands, **keys.operands, **self._operands(here, ("pair", "offset", "entry"))}
         blocks = jax.tree.unflatten(self.structure, [operands[n] for n in range(len(operands))])
-        origin, seed = self.refs.origin, self.refs.seed
-        at = At(origin[0] + here.b, (origin[1] + here.k) * self.sizes[2] + here.g, queries.positions, keys.positions)
-        return *queries.matrices, *keys.matrices, queries.rows, at, blocks, (seed[0], seed[1])
+        seed = self.refs.seed
+        return *queries.matrices, *keys.matrices, queries.rows, self._at(here, queries, keys), blocks, (seed[0], seed[1])
+
+    def _at(self, here: Here, queries: Block, keys: Block) -> At:
+        origin = self.refs.origin
+        return At(origin[0] + here.b, (origin[1] + here.k) * self.sizes[2] + here.g, queries.positions, keys.positions)
 
     def _line(self, x, name: str):
         """Numbers along the queries or the keys of a tile."""
@@ -116,7 +122,8 @@ class Reader:
         return place if length % size == 0 else jnp.where(place < length, place, -1)
 
     def _operands(self, here: Here, kinds) -> dict:
-        return {n: (self._band if f.kind == "offset" else self._operand)(self.refs.operands[n], f, here) for n, f in enumerate(self.forms) if f.kind in kinds}
+        read = {"offset": self._band, "entry": self._entry}
+        return {n: read.get(f.kind, self._operand)(self.refs.operands[n], f, here) for n, f in enumerate(self.forms) if f.kind in kinds}
 
     def _operand(self, ref, f, here: Here):
         lead = (place if varies else 0 for place, varies in zip(here[:3], f.spec))
@@ -126,6 +133,22 @@ class Reader:
         if f.kind == "pair":
             return jnp.swapaxes(x, 0, 1) if self.transposed else x
         return jnp.expand_dims(x, (0, 1)) if f.kind == "whole" else self._line(x, f.kind)
+
+    def _entry(self, ref, f, here: Here):
+        """What the pairs of a tile, which lie in one block of queries and of keys, see of the table (see :class:`Choice`) or of its scores, [1, 1]."""
+        mine = self.chosen(here)
+        if not jnp.issubdtype(f.dtype, jnp.floating):
+            return jnp.max(jnp.where(mine, 0, -1), axis=1, keepdims=True)
+        return jnp.sum(jnp.where(mine, self._row(ref, f, here).astype(accumulator_dtype(f.dtype)), 0), axis=1, keepdims=True)
+
+    def chosen(self, here: Here):
+        """Which of the entries for a tile's queries, [1, entries], are for its keys."""
+        number = self.plan.choice.table
+        return self._row(self.refs.operands[number], self.forms[number], here) == lax.div(here.j * self.tile.bk, jnp.int32(self.plan.choice.bk))
+
+    def _row(self, ref, f, here: Here):
+        lead = (place if varies else 0 for place, varies in zip(here[:3], f.spec))
+        return ref[(*lead, 0, 0, lax.div(here.i * self.tile.bq, jnp.int32(self.plan.choice.bq)), slice(None))][None]
 
     def _band(self, ref, f, here: Here):
         """The tile of an offset table, gathered: entry (a, b) is that of the offset of key b from query a. Tables lie in memory one after the other."""
@@ -137,25 +160,6 @@ class Reader:
         return ref[start + b - a]
 
 
-def load(ref, array, at):
-    """Rows of a matrix, as wide as its reference."""
-    at, width = (*at, slice(None)), ref.shape[-1]
-    return ref[at] if width == array.shape[-1] else plgpu.load(ref.at[at], mask=_inside(width, array), other=0)
-
-
-def store(ref, array, x):
-    """Writes a block, of which the array may have fewer columns."""
-    x, width = x.astype(ref.dtype), ref.shape[-1]
-    if width == array.shape[-1]:
-        ref[...] = x
-    else:
-        plgpu.store(ref, x, mask=jnp.broadcast_to(_inside(width, array), x.shape))
-
-
-def _inside(width: int, array):
-    return lax.broadcasted_iota(jnp.int32, (1, width), 1) < array.shape[-1]
-
-
 class Output(NamedTuple):
     """An array that is written a block a program: its shape and dtype, the block (None removes an axis), and the numbers of a program's block."""
 
@@ -164,24 +168,25 @@ class Output(NamedTuple):
     place: Callable
 
 
-def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], program: Callable, outputs, name: str, *, transposed: bool = False):
+def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], program: Callable, outputs, name: str, *, transposed: bool = False,
+           reads: type[Reader] = Reader):
     """Runs ``program(reader, ids, outputs)`` for every ``ids`` of the grid; ``outputs`` a pytree of :class:`Output`, there of references."""
     leaves, structure = jax.tree.flatten(data.operands)
-    forms = [form(x, spec) for x, spec in zip(leaves, flat_specs(plan), strict=True)]
+    forms = flat_forms(plan, leaves)
     inputs = Inputs(
         data.query, data.key, data.value, jax.tree.map(lambda x: x[..., 0] if x.shape[-1] == 1 else x, rows),
         None if plan.contiguous else {"query": data.query_positions, "key": data.key_positions},
         [x.reshape(-1) if f.kind == "offset" else x for x, f in zip(leaves, forms)], data.seed, data.origin, lists)
     arrays = jax.eval_shape(lambda: inputs)
-    specs = jax.tree.map(_whole, inputs)._replace(
-        query=_wide(data.query), key=_wide(data.key), value=None if data.value is None else _wide(data.value),
-        rows=jax.tree.map(lambda x: _wide(x) if x.ndim == 5 else _whole(x), inputs.rows))
+    specs = jax.tree.map(whole, inputs)._replace(
+        query=wide(data.query), key=wide(data.key), value=None if data.value is None else wide(data.value),
+        rows=jax.tree.map(lambda x: wide(x) if x.ndim == 5 else whole(x), inputs.rows))
     read, tree = jax.tree.flatten(inputs)
     written, outputs_tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
 
     def kernel(*refs):
         inputs, outputs = jax.tree.unflatten(tree, refs[:len(read)]), jax.tree.unflatten(outputs_tree, refs[len(read):])
-        reader = Reader(plan, tile, inputs, arrays, forms, structure, data.query.shape[:3], transposed)
+        reader = reads(plan, tile, inputs, arrays, forms, structure, data.query.shape[:3], transposed)
         program(reader, [pl.program_id(axis) for axis in range(len(grid))], outputs)
 
     out = pl.pallas_call(
@@ -190,12 +195,3 @@ def launch(plan: Plan, tile: Tile, data, rows, lists, grid: tuple[int, ...], pro
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages), interpret=plan.interpret, name=name,
     )(*read)
     return jax.tree.unflatten(outputs_tree, out)
-
-
-def _whole(x, width=None):
-    shape = (*x.shape[:-1], width or x.shape[-1])
-    return pl.BlockSpec(shape, lambda *ids: (0,) * len(shape))
-
-
-def _wide(x):
-    return _whole(x, power(x.shape[-1]))

@@ -14,15 +14,15 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Literal
 
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "checkpoint"}
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
 
 
-def quickened(function: Callable, interpret) -> Callable:
+def quickened(function: Callable, interpret, exact=()) -> Callable:
     """``function`` with these functions of float32 replaced; arrays among its positional arguments are traced, all else is static.
 
-    ``interpret``: whether the units are to be emulated, in any dtype.
+    ``interpret``: whether the units are to be emulated, in any dtype. ``exact``: primitives to be left as they are.
     """
-    functions = _functions(interpret)
+    functions = {primitive: quick for primitive, quick in _functions(interpret).items() if primitive not in exact}
 
     def evaluate(jaxpr, inputs):
         values = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*jaxpr.consts, *inputs]))

@@ -76,6 +76,40 @@ class Listed(NamedTuple):
     keys: int
 
 
+class Lists(NamedTuple):
+    """The visits of all outer blocks one after the other: those of a block are ``order[first:full]`` unmasked and ``order[full:active]`` masked."""
+
+    order: Any  # int32 [B or 1, 1 or K or K * G, X]
+    first: Any  # int32 [B or 1, 1 or K or K * G, outer]
+    full: Any
+    active: Any
+
+
+def lists(table: Cover | Listed, *, by_key: bool = False) -> Lists:
+    """The lists of a tile table [B or 1, K or 1, G or 1, nq, nk], united over groups, or of a listed one, as it is."""
+    if isinstance(table, Cover):
+        found = visits(table, by_key=by_key)
+        outer, inner = found.order.shape[-2:]
+        first = jnp.broadcast_to(jnp.arange(outer, dtype=jnp.int32) * inner, found.full.shape)
+        return Lists(found.order.reshape(*found.order.shape[:-2], -1), first, first + found.full, first + found.active)
+    at = unpack(schedule(table, by_key=by_key, varies=(True, True, True), most=None).steps)
+    place = lambda outer, partial, inner: outer << _BITS + 1 | partial << _BITS | inner
+    order = jnp.sort(jnp.where(at.kind == EMPTY, _NONE, place(at.outer, (at.kind == PARTIAL).astype(jnp.int32), at.inner)), -1)
+    outer = jnp.arange(table.keys if by_key else table.blocks.shape[3], dtype=jnp.int32)
+    find = jnp.vectorize(lambda order, x: jnp.searchsorted(order, x).astype(jnp.int32), signature="(n),(m)->(m)")
+    return Lists(order & ((1 << _BITS) - 1), *(find(order, x) for x in (place(outer, 0, 0), place(outer, 1, 0), place(outer + 1, 0, 0))))
+
+
+def spread_out(table: Cover | Listed) -> Cover:
+    """The tile table, also of a listed one, whose tiles may then all need a mask."""
+    if isinstance(table, Cover):
+        return table
+    blocks, some = jnp.broadcast_arrays(table.blocks, table.cover.some)
+    lead = jnp.indices(blocks.shape[:-1], sparse=True)
+    found = jnp.zeros((*blocks.shape[:-1], table.keys), bool).at[*(i[..., None] for i in lead), blocks].max(some, mode="drop")
+    return Cover(found, jnp.zeros_like(found))
+
+
 class Step(NamedTuple):
     """A step, unpacked: the outer and the inner block, EMPTY, PARTIAL or FULL, and whether it is the first or last of its outer block."""
 
@@ -91,29 +125,30 @@ def unpack(step) -> Step:
     return Step(step >> _OUTER, (step >> _PAIR) & ((1 << _BITS) - 1), step & 3, (step & _FIRST) != 0, (step & _LAST) != 0)
 
 
-def schedule(table: Cover | Listed, *, by_key: bool = False, varies=(True, True, False)) -> Schedule:
+def schedule(table: Cover | Listed, *, by_key: bool = False, varies=(True, True, False), most: int | None = SCALARS) -> Schedule:
     """The steps of a tile table [B or 1, K or 1, G or 1, nq, nk], or of a listed one.
 
     Args:
       by_key: key blocks outside, query blocks inside, rather than the other way round.
       varies: whether the steps may differ over batch elements, over key-value heads and, of a listed table, over the heads of a group; united where not.
+      most: steps that there may be; None for any number.
     """
     axes = tuple(axis for axis, own in enumerate(varies) if not own)
-    return _from_list(table, axes, by_key) if isinstance(table, Listed) else _from_table(table, tuple({*axes, 2}), by_key)
+    return _from_list(table, axes, by_key, most) if isinstance(table, Listed) else _from_table(table, tuple({*axes, 2}), by_key, most)
 
 
-def _from_table(table: Cover, axes, by_key: bool) -> Schedule:
+def _from_table(table: Cover, axes, by_key: bool, most) -> Schedule:
     united = table.some.any(axes, keepdims=True)[:, :, 0], table.every.all(axes, keepdims=True)[:, :, 0]
     some, every = (jnp.swapaxes(x, -1, -2) if by_key else x for x in united)
     blocks, steps = some.shape[-2:]
-    _check(max(blocks, steps), some.size)
+    _check(max(blocks, steps), some.size, most)
     inner = jnp.arange(steps, dtype=jnp.int32)
     codes = _code(jnp.arange(blocks, dtype=jnp.int32)[:, None], inner, jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY))
     kept = some | (~some.any(-1, keepdims=True) & (inner == 0))
     return _framed(jnp.where(kept, codes, _NONE).reshape(*some.shape[:2], blocks * steps), blocks * steps)
 
 
-def _from_list(table: Listed, axes, by_key: bool) -> Schedule:
+def _from_list(table: Listed, axes, by_key: bool, most) -> Schedule:
     blocks, some, every = jnp.broadcast_arrays(table.blocks, *table.cover)
     nq, nk = blocks.shape[3], table.keys
     outer = nk if by_key else nq
@@ -121,7 +156,7 @@ def _from_list(table: Listed, axes, by_key: bool) -> Schedule:
     batch, *heads = (1 if axis in axes else blocks.shape[axis] for axis in range(3))
     lead = batch, math.prod(heads)
     length = min(blocks.size // math.prod(lead), nq * nk) + outer
-    _check(max(nq, nk), length * math.prod(lead))
+    _check(max(nq, nk), length * math.prod(lead), most)
     pair = jnp.arange(nq, dtype=jnp.int32)[:, None], blocks
     codes = jnp.where(some & (blocks < nk), _code(*(pair[::-1] if by_key else pair), jnp.where(every, FULL, PARTIAL)), _NONE)
     codes = jnp.moveaxis(codes, axes, range(5 - len(axes), 5)).reshape(*lead, -1)
@@ -153,7 +188,7 @@ def _framed(codes, length: int) -> Schedule:
     return Schedule(jnp.where(listed, steps, idle).astype(jnp.int32), count.max())
 
 
-def _check(blocks: int, steps: int):
-    if blocks >= 1 << (_BITS - 1) or steps > SCALARS:
-        raise NotImplementedError(f"implementation='pallas': {steps} tiles exceed the schedule's {SCALARS}, or {blocks} blocks its {1 << (_BITS - 1)}; "
+def _check(blocks: int, steps: int, most: int | None):
+    if blocks >= 1 << (_BITS - 1) or (most is not None and steps > most):
+        raise NotImplementedError(f"implementation='pallas': {steps} tiles exceed the schedule's {most}, or {blocks} blocks its {1 << (_BITS - 1)}; "
                                   "use larger block_sizes, or an implementation without kernels")

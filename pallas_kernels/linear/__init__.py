@@ -1,5 +1,6 @@
 """The recurrent engine on fused kernels: the mathematics of :mod:`pallas_kernels.linear_tile`, the state kept on chip."""
 
-from pallas_kernels.linear.tpu import Plan, State, Tokens, attend, choose_plan
+from pallas_kernels.linear import gpu, tpu
+from pallas_kernels.linear.arrays import State, Tokens
 
-__all__ = ["Plan", "State", "Tokens", "attend", "choose_plan"]
+__all__ = ["State", "Tokens", "gpu", "tpu"]

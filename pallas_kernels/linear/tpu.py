@@ -8,7 +8,7 @@ state's cotangent. Both call :func:`pallas_kernels.linear_tile.attend`, the back
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -17,11 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_tile
 from pallas_kernels.compat import results_like
+from pallas_kernels.linear.arrays import State, Tokens, differentiated_once, shared
 from pallas_kernels.tile import accumulator_dtype
+from pallas_kernels.tiles import Slab
 
 VMEM = 48 * 2**20  # bytes of on-chip memory a kernel may have; the smallest chips have 64 MiB
-BLOCKS = 16 * 2**20  # of which this for the arrays of a slab
-SLAB = 8  # chunks of a slab, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +48,20 @@ class Plan:
         return self.chunk * self.chunks
 
 
-def choose_plan(query, value, states: int, chunk: int, **options) -> Plan:
-    """The plan of a call with arrays [B, T, N, H], [B, T, K, Hv]: slabs as long as on-chip memory and the sequence allow."""
+def choose_plan(query, value, states: int, longest: Slab, chunk: int | None = None, **options) -> Plan:
+    """The plan of a call with arrays [B, T, N, H], [B, T, K, Hv]: slabs as long as ``longest`` and the sequence allow, of its chunks or given ones."""
+    chunk = chunk or longest.chunk
     (_, t, n, h), hv, size = query.shape, value.shape[3], value.dtype.itemsize
     groups = n // states
     # A token's bytes in the backward kernel: read and written, of two slabs at a time.
     token = 2 * 2 * ((groups + 1) * (h + hv) * size + h * accumulator_dtype(value.dtype).itemsize)
     chunks = -(-t // chunk)
-    most = SLAB
-    while most > 1 and most * (chunk * token + h * hv * 4) > BLOCKS:
+    most = longest.chunks
+    while most > 1 and most * (chunk * token + h * hv * 4) > longest.memory:
         most //= 2
     slabs = -(-chunks // most)
     chunks = -(-chunks // slabs)
     return Plan(chunk, chunks if chunks == 1 else chunks + chunks % 2, **options)
-
-
-class Tokens(NamedTuple):
-    """What varies along the sequence, of length T, a multiple of a slab.
-
-    Attributes:
-      query: [B, M, G, T, H], for each of M states its G queries.
-      key, value: [B, K, T, H], [B, K, T, Hv]; M a multiple of K.
-      log_decay: [B, M, 1, T] (one for the head), [B, M, T, H] (one for each channel), or None.
-    """
-
-    query: Any
-    key: Any
-    value: Any
-    log_decay: Any
-
-
-class State(NamedTuple):
-    """S [B, M, H, Hv] and, to divide by ``query . z``, z [B, M, 1, H], in the accumulator's dtype."""
-
-    memory: Any
-    normalizer: Any
 
 
 def _step(plan: Plan, narrow, tokens: Tokens, state: State):
@@ -131,23 +110,13 @@ def _forward(plan, tokens, state, *, keep):
     return _call(kernel, plan, "linear_forward", (tokens, state), (_token_specs(plan, tokens, m, at), _whole(state)), outputs, specs)
 
 
-def _differentiated_once(rule):
-    """``rule(plan, ..)`` of a derivative, which says so where it is to be differentiated again."""
-    def refuse(*_):
-        raise NotImplementedError("implementation='pallas': the kernels of the recurrent engine have first derivatives only; use 'chunked'")
-
-    rule = jax.custom_vjp(rule, nondiff_argnums=(0,))
-    rule.defvjp(refuse, refuse)
-    return rule
-
-
-@_differentiated_once
+@differentiated_once
 def _keep(plan, tokens, state):
     out, state, arriving = _forward(plan, tokens, state, keep=True)
     return (out, state), (tokens, arriving)
 
 
-@_differentiated_once
+@differentiated_once
 def _backward(plan, residuals, cotangents):
     """The gradients of tokens and initial state."""
     tokens, arriving = residuals
@@ -187,10 +156,6 @@ def _backward(plan, residuals, cotangents):
     inputs = tokens, arriving, dout, dfinal
     specs = _token_specs(plan, tokens, m, at), _by_slab(arriving, at), _along(plan, dout, at), _whole(dfinal)
     dtokens, dstate = _call(kernel, plan, "linear_backward", inputs, specs, (dtokens, dstate), (_token_specs(plan, dtokens, m, at), _whole(dstate)), scratch)
-
-    def shared(x, like):  # by the states of a key head
-        return x if x.shape == like.shape else x.reshape(b, like.shape[1], -1, *like.shape[2:]).sum(2).astype(like.dtype)
-
     return jax.tree.map(shared, dtokens, tokens), dstate
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import arrays
+from agreement import arrays, assert_agree, blockwise, reference
 
 import attnx
-from attnx import masks, scores
+from attnx import masks, scores, weights
 
 LENGTH, BLOCK = 24, 4
 IDS = jnp.repeat(jnp.arange(4), jnp.array([5, 3, 9, 7]), total_repeat_length=LENGTH)
@@ -84,3 +84,40 @@ def test_skipped_tiles_are_not_read():
     usual, loud = run(k, v), run(k.at[:, far].set(jnp.nan), v.at[:, far].set(jnp.nan))
     for a, b in zip(usual, loud):
         np.testing.assert_array_equal(a, b)
+
+
+QUERIES, KEYS = 300, 330  # more than two blocks of tiles that slide, and no whole number of them
+SLIDING = {
+    "window, T5, sink": lambda: dict(mask=masks.sliding_window(40), scores=scores.t5_bias(jnp.sin(jnp.arange(32.0).reshape(8, 4)), max_distance=9),
+                                     weights=weights.softmax(sink=jnp.arange(4.0))),
+    "both sides, documents, dropout, full bias": lambda: dict(
+        mask=masks.local(30, 70) & ~masks.documents(jnp.arange(QUERIES) // 9, jnp.arange(KEYS) // 7), dropout_rate=0.2, dropout_key=jax.random.key(1),
+        scores=scores.bias(jnp.sin(jnp.arange(4.0 * QUERIES * KEYS).reshape(4, QUERIES, KEYS)))),
+    "keys ahead alone, entmax": lambda: dict(mask=masks.local(0, 20) & ~masks.local(0, 3), weights=weights.entmax15()),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", SLIDING)
+def test_tiles_that_slide(name):
+    """Where a mask limits how far a query sees, tiles that follow the blocks hold all that these see, queries without any key included."""
+    call, inputs = SLIDING[name](), arrays(queries=QUERIES, keys=KEYS)
+    assert_agree(blockwise(*inputs, block_sizes=None, **call), reference(*inputs, **call))
+
+
+def test_one_tile_a_block_slides():
+    """A block of queries visits one tile, at the keys that it sees; so does a block of keys."""
+    q, k, v, cotangent = arrays(jnp.float32, batch=1, queries=QUERIES, keys=KEYS, heads=1, kv_heads=1)
+    seen = []
+
+    def noting(s, at):
+        jax.debug.callback(lambda *x: seen.append(tuple(map(int, x))), at.query[0, 0], at.key[0, 0])
+        return s
+
+    def attend(q, k, v):
+        return attnx.attention(q, k, v, scores=scores.elementwise(noting), mask=masks.sliding_window(40), implementation="blockwise")
+
+    jax.block_until_ready(jax.jit(lambda *x: jax.vjp(attend, *x)[1](cotangent))(q, k, v))
+    jax.effects_barrier()
+    end = 3 * 128 - (128 + 64)
+    assert sorted(seen) == sorted([(0, 0), (128, 128 - 39), (256, end), (0, 0), (128, 128), (end, 256)])

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from attnx.cli import UsageError
 from attnx.core import fused
-from experiments.gpu_bench import OURS, Options, bench, main
+from experiments.gpu_bench import TOLERANCE, Options, _error, bench, main
+from experiments.gpu_contests import OURS, contests
 
 
 def test_refuses_without_a_gpu():
@@ -16,7 +17,8 @@ def test_refuses_without_a_gpu():
 
 
 def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
-    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, rounds=1, seconds=0.0, out=tmp_path)
+    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, selected_lengths=(), linear_lengths=(),
+                      decode_batches=(1,), decode_lengths=(64,), copied=1, rounds=1, seconds=0.0, out=tmp_path)
     with fused.forced(platform="gpu"):
         rows = bench(options, Console(file=io.StringIO()))["results"]
     assert (tmp_path / "gpu_bench.json").exists()
@@ -26,3 +28,17 @@ def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
     assert {(row["name"], row["pass"]) for row in timed} >= {(OURS, "forward"), (OURS, "backward"), ("16 documents", "backward"), ("softpick", "forward")}
     plain = [row for row in timed if row["name"] == "causal softmax"]
     assert [row["speed"] for row in plain] == [1.0, 1.0]
+    assert [row["name"] for row in timed if row["floor"] is not None] == [OURS, "XLA"]  # that decode
+
+
+def test_other_engines_agree_with_their_definitions():
+    """The first contest of each, forward."""
+    options = Options(sizes=(16,), width=16, selected_lengths=(64,), chosen=1, linear_lengths=(16,), tokens=16)
+    found = {contest.name.split()[0]: contest for contest in reversed(contests(options))}
+    for name in ("1", "recurrent,"):
+        contest = found[name]
+        arrays = contest.arrays(contest.small)
+        entry = contest.entries(contest.small.length)["any blocks" if name == "1" else OURS]
+        with fused.forced(platform="gpu"):
+            got = entry.passes(*arrays)
+            assert _error({"forward": got["forward"]}, entry.expected(*arrays)[:1]) < TOLERANCE

@@ -86,7 +86,7 @@ def test_index():
     """Exactly the points within the great-circle distance, from dot products; at a pole whole rings."""
     in_shape, out_shape, cutoff = (9, 16), (5, 8), 0.5
     near = geometry.s2_neighborhood_index(in_shape, out_shape, ("equiangular", "legendre-gauss"), cutoff)
-    assert near.index.shape[:2] == (5, 1) and near.stride == 2
+    assert near.points.shape[:2] == (5, 1) and near.stride == 2
 
     def points(shape, grid):
         theta, lam = geometry.sphere_quadrature(*shape, grid)[0][:, None], 2 * np.pi * np.arange(shape[1]) / shape[1]
@@ -96,11 +96,11 @@ def test_index():
     found = np.zeros(distance.shape, bool)
     for row in range(5):
         for column in range(8):
-            latitude, longitude = near.index[row, 0][near.mask[row, 0]].T
+            latitude, longitude = near.points[row, 0][near.mask[row, 0]].T
             found[row, column, latitude, (longitude + 2 * column) % 16] = True
     assert (found == (distance <= cutoff)).all()
     assert (geometry.s2_neighborhood_index((9, 16), (9, 16)).mask[0, 0].sum()) == 32
-    assert geometry.s2_neighborhood_index((3, 4), (5, 8)).index.shape[1] == 2  # two phases
+    assert geometry.s2_neighborhood_index((3, 4), (5, 8)).points.shape[1] == 2  # two phases
 
 
 @pytest.mark.filterwarnings("ignore:Default theta_cutoff")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from tpu_compiler import compile_gradient, errors
 
 from pallas_kernels import linear
+from pallas_kernels.tiles import look_up
 
 
 def arrays(decay, *, length, groups=1, size=128, value_size=128, normalize=False, dtype=jnp.bfloat16, keys=2, states=2):
@@ -24,9 +25,9 @@ def compile_for_tpu(chip, decay, *, length, **options):
     tokens, state = arrays(decay, length=length, **options)
     (b, m, g, t, h), hv = tokens.query.shape, tokens.value.shape[3]
     query, value = jax.ShapeDtypeStruct((b, t, m * g, h), tokens.query.dtype), jax.ShapeDtypeStruct((b, t, m, hv), tokens.value.dtype)
-    plan = linear.choose_plan(query, value, m, 128)
+    plan = linear.tpu.choose_plan(query, value, m, look_up("linear, tpu", "", 0, 0), 128)
 
-    done = compile_gradient(chip, partial(linear.attend, plan), tokens, state)
+    done = compile_gradient(chip, partial(linear.tpu.attend, plan), tokens, state)
     return done, t // plan.slab * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, assert_transforms, features, normal, sizes
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from gpu_lowering import kernels
 
 import attnx
 from attnx import masks, scores, weights
 from attnx.core import fused
 from pallas_kernels.flash.gpu_quick import quickened
 from pallas_kernels.flash.schedule import visits
-from pallas_kernels.flash.tiles import TABLE
 from pallas_kernels.parts import Cover, Similarity, part
+from pallas_kernels.tiles import TABLE
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,14 +70,6 @@ def test_transcendental_functions_come_from_two_units():
     text = str(jax.make_jaxpr(lambda x: quick(x, None, True))(x))
     assert "exp2" in text and not {"exp", "tanh", "logistic"} & set(text.split())
     agreement.assert_agree(quick(x, None, True), tile(x, None, True), 1e-6)
-
-
-def kernels(function, *args, axes=()):
-    """How many kernels ``function`` becomes when lowered for an H200, or for two along each of the mesh ``axes``."""
-    device = AbstractDevice("NVIDIA H200", 132, "gpu")
-    mesh = AbstractMesh((2,) * len(axes), axes, axis_types=(AxisType.Auto,) * len(axes), abstract_device=device)
-    with fused.forced(interpret=False, platform="gpu"), jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton")
 
 
 def lower(length=256, size=64, value_size=None, dtype=jnp.bfloat16, **parts):
@@ -137,7 +129,7 @@ def test_transformations_lower():
 
 
 def test_tiles_are_powers_of_two_that_products_can_be_made_of():
-    for _, tiles in TABLE:
+    for _, tiles in TABLE["flash, gpu"]:
         for tile in tiles:
             assert all(n >= 16 and n & (n - 1) == 0 for n in (tile.bq, tile.bk))
 

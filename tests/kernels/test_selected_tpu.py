@@ -7,51 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import columns, documents, normal
+from cases import normal
 from cases import sizes as case_sizes
 from jax.experimental.pallas import tpu as pltpu
+from selected_cases import CASES, choice, evaluate
 from tpu_compiler import needs_compiler, report
 
-from attnx import masks, scores, weights
+from attnx import masks, scores
 from attnx.core import fused, selected_fused
 from attnx.core.selected import selected_attention
 from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Listed, schedule, unpack
-from pallas_kernels.parts import Cover, Exponential
-
-M = 3
-
-
-def choice(block_sizes, heads, queries, keys, batch=2):
-    """Any blocks, so with duplicates, and numbers of none on both sides; of the first query block's last row, nothing else. A score for each."""
-    (bq, bk), key = block_sizes, jax.random.key(3)
-    indices = jax.random.randint(key, (batch, heads, -(-queries // bq), M), -2, -(-keys // bk) + 1)
-    return indices.at[:, -1, 0].set(-1), jax.random.normal(key, indices.shape, float)
-
-
-@functools.partial(jax.jit, static_argnames=("block_sizes", "implementation", "dropout_rate"))
-def evaluate(query, key, value, cotangent, indices, block_scores, scores=(), mask=None, weights=weights.softmax(), **options):
-    """The output, the residual (exponential weights), and the gradients of a loss of both by all real arrays of the call."""
-    exponential = isinstance(weights, Exponential)
-
-    def loss(query, key, value, block_scores, scores, weights):
-        out = selected_attention(query, key, value, indices, block_scores=block_scores, scores=scores, mask=mask, weights=weights,
-                                 return_residual=exponential, **options)
-        out, r = out if exponential else (out, jnp.zeros(()))
-        return jnp.vdot(out, cotangent) + jnp.sum(jnp.sin(jnp.where(jnp.isfinite(r), r, 0))), (out, r)
-
-    gradients, results = jax.grad(loss, argnums=range(6), has_aux=True)(query, key, value, block_scores, scores, weights)
-    return results, jax.tree.leaves(gradients)
-
-
-CASES = {  # block sizes, heads of the table, whether blocks have scores, and the parts
-    "blocks of 64, causal inside": ((64, 64), 2, True, lambda: dict(mask=masks.causal())),
-    "one choice for all, softpick, documents, column and offset operands": ((128, 32), 1, True, lambda: dict(
-        weights=weights.softpick(), mask=documents(), scores=(*columns(), scores.t5_bias(normal(32, 4), max_distance=20)))),
-    "each head for itself, several tiles in a block, a bias and dropout": ((16, 256), 4, True, lambda: dict(
-        scores=(scores.bias(normal(1, 4, 200, 300)), scores.bias(normal(2, 1, 200, 300))), dropout_rate=0.3, dropout_key=jax.random.key(5))),
-    "whole tiles, sigmoid, positions in another order and padding": ((256, 128), 2, False, lambda: dict(
-        weights=weights.sigmoid(), mask=masks.causal(), query_positions=jnp.arange(200)[::-1] + 50, key_positions=jnp.arange(300).at[-1].set(-1))),
-}
+from pallas_kernels.parts import Cover
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,6 +85,28 @@ def test_transformations(x64):
     agreement.assert_agree(got, gradients("reference", *args), 1e-10)
 
 
+def test_shards_of_batch_and_heads(x64):
+    """Under shard_map, each device with its own part of the table; a table that all share is read by all."""
+    query, key, value, _ = agreement.arrays(batch=2, queries=130, keys=130, heads=4, kv_heads=2, size=4, value_size=4)
+    indices, block_scores = choice((64, 64), 2, 130, 130)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens, table = jax.P("data", None, "tensor"), jax.P("data" if indices.shape[0] > 1 else None, "tensor")
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradients(implementation, sharded, *args):
+        def attend(q, k, v, indices, block_scores):
+            return selected_attention(q, k, v, indices, block_scores=block_scores, block_sizes=(64, 64), implementation=implementation)
+
+        if sharded:  # the interpreter of kernels lacks the types that the checks look at
+            attend = jax.shard_map(attend, mesh=mesh, in_specs=(tokens, tokens, tokens, table, table), out_specs=tokens, check_vma=False)
+        return jax.value_and_grad(lambda q, k, v, e: jnp.sin(attend(q, k, v, args[3], e)).sum(), (0, 1, 2, 3))(*args[:3], args[4])
+
+    args = query, key, value, indices, block_scores
+    with fused.forced():
+        got = gradients("pallas", True, *args)
+    agreement.assert_agree(got, gradients("reference", False, *args), 1e-10)
+
+
 @pytest.mark.parametrize(("by_key", "varies"), [(True, (True, True, False)), (False, (False, True, True))])
 def test_schedule_of_a_list(by_key, varies):
     """The list, spelled out as a table."""
@@ -150,8 +138,6 @@ def test_says_what_it_lacks():
     x, table = jnp.ones((1, 16, 1, 8)), jnp.zeros((1, 1, 1, 1), int)
     call = functools.partial(selected_attention, x, x, x, table, implementation="pallas")
     with pytest.raises(NotImplementedError, match="backend is 'cpu'"):
-        call(block_sizes=(16, 16))
-    with fused.forced(platform="gpu"), pytest.raises(NotImplementedError, match="backend is 'gpu'"):
         call(block_sizes=(16, 16))
     with fused.forced(), pytest.raises(NotImplementedError, match="powers of two and at least 8"):
         call(block_sizes=(16, 12))

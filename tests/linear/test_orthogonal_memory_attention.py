@@ -19,16 +19,17 @@ def inputs(length=T, dtype=jnp.float64):
     return q, c, linear.orthonormal(jax.random.normal(jax.random.key(1), (N, R, D), dtype)), jax.random.normal(jax.random.key(2), (N, W), dtype)
 
 
-def definition(query, context, bases, rel_bias):
+def definition(query, context, bases, rel_bias, causal=True):
     """Token by token, in loops."""
     q, c, bases, rel_bias = (np.asarray(x, np.float64) for x in (query, context, bases, rel_bias))
     out = np.zeros_like(q)
     for b, t, n in np.ndindex(q.shape[:3]):
         first = t // W * W
-        near, s = c[b, first:t + 1, n], np.arange(first, t + 1)
-        logits = near @ q[b, t, n] / np.sqrt(D) + rel_bias[n, t - s]
-        if first:
-            slots = (bases[n] @ c[b, :first, n].mean(0))[:, None] * bases[n]
+        s = np.arange(first, t + 1 if causal else min(first + W, c.shape[1]))
+        near, before = c[b, s, n], c[b, :first, n] if causal else c[b, :, n]
+        logits = near @ q[b, t, n] / np.sqrt(D) + rel_bias[n, t - s if causal else t - s + W - 1]
+        if len(before):
+            slots = (bases[n] @ before.mean(0))[:, None] * bases[n]
             near, logits = np.concatenate([near, slots]), np.concatenate([logits, slots @ q[b, t, n] / np.sqrt(D)])
         weights = np.exp(logits - logits.max())
         out[b, t, n] = weights @ near / weights.sum()
@@ -45,6 +46,8 @@ def test_definition_and_streaming():
         state, out = step(state, q[:, part], c[:, part], bases, rel_bias=rel_bias)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, axis=1), expected, atol=1e-12)
+    rel_bias = jax.random.normal(jax.random.key(3), (N, 2 * W - 1))
+    np.testing.assert_allclose(attend(q, c, bases, window=W, rel_bias=rel_bias, causal=False), definition(q, c, bases, rel_bias, causal=False), atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -142,7 +145,8 @@ def test_layer(options):
 def test_errors():
     q, c, bases, rel_bias = inputs(dtype=jnp.float32)
     for match, change in (("bases: expected shape", dict(bases=bases[:1])), ("rel_bias: expected shape", dict(rel_bias=rel_bias[:, 1:])),
-                          ("causal: expected False", dict(cross=True)), ("rel_bias: expected None", dict(dissect=False)), ("context: expected the length", dict(context=c[:, 1:])),
+                          ("causal: expected False", dict(cross=True)), ("rel_bias: expected None", dict(dissect=False)),
+                          ("context: expected the length", dict(context=c[:, 1:])),
                           ("segment_ids: expected None", dict(causal=False, rel_bias=None, segment_ids=jnp.zeros((B, T), int)))):
         with pytest.raises(ValueError, match=match):
             linear.lavo_attention(**{**dict(query=q, context=c, bases=bases, window=W, rel_bias=rel_bias), **change})

@@ -124,14 +124,13 @@ def test_hooks():
         np.testing.assert_allclose(run(params, x, step)[1:], plain[1:], atol=1e-5)
         assert jnp.abs(run(params, x, step)[0] - plain[0]).max() > 1e-2
 
-    def mine(value, layer, at):  # the definition, once more, by one hook
-        query, key, value = value
-        return query, *(jnp.where((layer > 0) & (at.batch == 0), jnp.roll(x, -source, axis=0), x) for x in (key, value))
+    def definition(source):  # once more, of arrays alone
+        chosen = lambda layer, at: (layer > 0) & (at.batch == 0)
+        swap = lambda qkv, layer, at: (qkv[0], *(jnp.where(chosen(layer, at), jnp.roll(x, -source, axis=0), x) for x in qkv[1:]))
+        return {"qkv": swap, "weights": lambda a, layer, at: jnp.where(chosen(layer, at), jnp.clip(1.67 * a - 0.67 / 9, 0, 1), a)}
 
     for step, source in ((4, APPEARANCE), (5, STRUCTURE)):
-        swapped = nnx.merge(graph, params)(x, hooks={"qkv": mine} | {"weights": lambda a, layer, at: jnp.where(
-            (layer > 0) & (at.batch == 0), jnp.clip(1.67 * a - 0.67 / 9, 0, 1), a)})
-        np.testing.assert_allclose(run(params, x, step), swapped, atol=1e-5)
+        np.testing.assert_allclose(run(params, x, step), nnx.merge(graph, params)(x, hooks=definition(source)), atol=1e-5)
     same = jnp.stack([x[0]] * 3)
     hooks = steering.cross_image_hooks(4, (0, 1, 2), schedule=EARLY, contrast=1.0)
     assert list(hooks) == ["qkv"]

@@ -112,6 +112,20 @@ def test_huge_scores(name):
         np.testing.assert_allclose(alone, {"sigmoid": [0, 0], "relu": [0, 0], "softpick": [0, 0]}.get(name, [1, 0]), atol=1e-15)
 
 
+@pytest.mark.parametrize("part", [weights.softmax(), weights.softmax(sink=0.5), weights.sigmoid(), weights.sigmoid(0.5), weights.relu()], ids=repr)
+def test_vanishes(part):
+    """What a part promises at a score of -inf, the level of a row without keys included."""
+    assert part.vanishes and not weights.softpick().vanishes and not weights.softmax(temperature=2.0).vanishes
+    operands = [x.array for x in part.operands(None)]
+
+    def terms(s, rows):
+        return part.weight(s, rows[:len(part.statistics)], *operands)
+
+    for row in (-1e30, 0.0, 1e30):
+        value, slopes = jax.value_and_grad(terms, argnums=(0, 1))(-jnp.inf, (jnp.asarray(row),))
+        assert value == 0 and slopes == (0, (0,))
+
+
 def test_entmax_between_softmax_and_sparsemax():
     """Close to softmax near alpha = 1, and a distribution for every alpha."""
     s = normal(3, 4, S)

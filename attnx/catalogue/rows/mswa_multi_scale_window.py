@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from attnx import masks
 from attnx.catalogue.entry import SEEN, Entry, Example, stream
 
-WINDOWS = (2, 3, 3, 9)
+WINDOWS = (2, 3, 3, 20)
 
 
 def call(case, query, key, value, seen):

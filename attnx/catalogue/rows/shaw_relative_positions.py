@@ -24,7 +24,10 @@ def call(case, query, key, value, seen, key_table, value_table):
 def by_label(case, query, key, value, seen, kinds, key_table, value_table):
     """Labels of pairs, from -1 (none) to 4."""
     labels = jnp.clip(jnp.round(2 * kinds), -1, 4).astype(jnp.int32)
-    return positions.edge_label_attention(query, key, value, labels, key_table, value_table, mask=seen[:, None, None], implementation=case.execution)
+    mask = seen[:, None, None]
+    if case.causal:
+        mask &= jnp.arange(key.shape[1]) <= jnp.arange(query.shape[1])[:, None]
+    return positions.edge_label_attention(query, key, value, labels, key_table, value_table, mask=mask, implementation=case.execution)
 
 
 INPUTS = {"query": "btnh", "key": "bskh", "value": "bskv", "seen": SEEN, "key_table": Input("rh"), "value_table": Input("rv")}
@@ -36,7 +39,7 @@ entry = Entry(
 out_i = sum_j softmax_j(s_ij) (v_j + a^V_r)""",
     claim="It does better than absolute positions, which add nothing to it.",
     examples=(Example(call, INPUTS, "btnv", PATTERNS, (*IMPLEMENTATIONS, "step"), "seen", sizes={"r": 5}, name="offsets"),
-              Example(by_label, INPUTS | {"kinds": Input("bts", lambda normal: normal)}, "btnv", ("noncausal self", "noncausal cross"), IMPLEMENTATIONS[:2],
-                      "seen", sizes={"r": 5}, name="labels")),
+              Example(by_label, INPUTS | {"kinds": Input("bts", lambda normal: normal)}, "btnv", PATTERNS, IMPLEMENTATIONS[:2], "seen",
+                      sizes={"r": 5}, name="labels")),
     notes="Key and value have a table each, which some implementations tie.",
 )

@@ -1,0 +1,105 @@
+"""Default sizes of what the kernels work on at a time: one table by kernel, kind of device, head size and bytes of a number."""
+
+from typing import Any, NamedTuple
+
+_ANY = 1 << 30
+
+
+class Tile(NamedTuple):
+    """``bq`` queries by ``bk`` keys (powers of two), on a GPU worked on by ``warps`` of 32 threads with loads ``stages`` tiles ahead."""
+
+    bq: int
+    bk: int
+    warps: int = 0
+    stages: int = 0
+
+
+class Slab(NamedTuple):
+    """At the most ``chunks`` of ``chunk`` tokens each, whose arrays fit in ``memory`` bytes."""
+
+    chunk: int
+    chunks: int
+    memory: int
+
+
+class Columns(NamedTuple):
+    """As many columns (a key of a key-value head each) as make ``pairs`` with the rows, from ``least`` to ``most``, whose keys fit in ``memory`` bytes."""
+
+    least: int
+    most: int
+    pairs: int
+    memory: int
+
+
+class Tiles(NamedTuple):
+    """A tile for each kernel of the pairs engine on a GPU.
+
+    Attributes:
+      rows: the fold over the keys of each query block.
+      queries: the gradient by queries, keys inside.
+      keys: the gradient by keys and values, queries inside.
+      pairs: the gradient of operands that vary over pairs or offsets.
+    """
+
+    rows: Tile
+    queries: Tile
+    keys: Tile
+    pairs: Tile
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The block sizes to which arrays are padded for the gradient: multiples of every other, all being powers of two."""
+        return max(tile.bq for tile in self[1:]), max(tile.bk for tile in self[1:])
+
+
+# For each kernel: (device kind begins with, head size at most, bytes of a number at most), of which the first that fits counts.
+#
+# GPU: chosen by what the compiler for sm_90 makes of them: sums stay in the 255 registers of a thread (the gradient by keys holds two sums a key, and alone
+# spills, from head size 256 on or float32 at 128), tiles of all stages in 227 KiB of shared memory, and at least 64 rows, the height of a warp group's
+# matrix product.
+#
+# TPU: by the compiler's schedules (``python -m experiments tpu_schedule``). Tiles small enough for the 64 vector registers, which do not spill, leave the
+# matrix unit waiting and take twice as many instructions a pair; spills cost nothing while it is what kernels wait for.
+TABLE: dict[str, tuple[tuple[tuple[str, int, int], Any], ...]] = {
+    "flash, gpu": (
+        (("", 64, 2), Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2))),
+        (("", 128, 2), Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2))),
+        (("", 256, 2), Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1))),
+        (("", 64, 4), Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 1))),
+        (("", 128, 4), Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 1))),
+        (("", 256, 4), Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1))),
+        (("", _ANY, 8), Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
+    ),
+    "flash, tpu": ((("", _ANY, _ANY), Tile(512, 512)),),
+    "linear, tpu": ((("", _ANY, _ANY), Slab(chunk=128, chunks=8, memory=2**24)),),
+    "decode, tpu": ((("", _ANY, _ANY), Columns(least=512, most=2048, pairs=2**16, memory=2**20)),),
+}
+
+
+def look_up(kernel: str, device: str, size: int, itemsize: int):
+    """The entry for a kernel ("flash, tpu"), a kind of device ("NVIDIA H200"; "" where unknown), a head size and the bytes of a number."""
+    return next(entry for (kind, most, bytes_), entry in TABLE[kernel] if device.startswith(kind) and size <= most and itemsize <= bytes_)
+
+
+def choose_tiles(tiles: Tiles, queries: int, keys: int, busy: bool = False, block_sizes=None) -> Tiles:
+    """The tiles of a call of the pairs engine on a GPU.
+
+    Args:
+      tiles: the table's.
+      queries, keys: lengths, beyond which no tile need reach.
+      busy: whether more is done to a score than a plain softmax does. That takes registers a pair, so gradients get half the inner blocks.
+      block_sizes: (bq, bk) for every kernel instead of the table's.
+    """
+    if busy:
+        tiles = tiles._replace(queries=tiles.queries._replace(bk=tiles.queries.bk // 2), keys=tiles.keys._replace(bq=tiles.keys.bq // 2))
+
+    def fit(tile: Tile) -> Tile:
+        bq, bk = (tile.bq, tile.bk) if block_sizes is None else block_sizes
+        return tile._replace(bq=min(bq, power(queries)), bk=min(bk, power(keys)))
+
+    return Tiles(*map(fit, tiles))
+
+
+def power(n: int, least: int = 16) -> int:
+    """The least power of two that is at least n and ``least``, by default the smallest side of a matrix product."""
+    return max(least, 1 << (n - 1).bit_length())
