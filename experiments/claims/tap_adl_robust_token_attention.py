@@ -63,7 +63,7 @@ def run(trial: Trial):
 
         def loss(params, batch, key, graph=graph, rest=rest, weight=weight):
             del key
-            logits, maps = record(nnx.merge(graph, params, rest), batch[0], train=True)
+            logits, maps = record(nnx.merge(graph, params, rest, copy=True), batch[0], train=True)
             return cross_entropy(logits, batch[1]) + weight * attention_diversification_loss(maps)
 
         params = fit(loss, params, sample, steps=trial.scaled(400), trial=trial.part(index / 4, (index + 1) / 4), name=name)
