@@ -241,7 +241,8 @@ class ForgettingAttention(Attention):
         elif forget != "none":
             times = np.geomspace(*decay_times, num_heads)
             bias = jnp.asarray(-np.log(np.expm1(1 / times)), jnp.float32)  # sigmoid(bias) = e^(-1 / time)
-            self.forget_bias = (nnx.Param if forget == "bias_only" else Constant)(bias)
+            kind: Any = nnx.Param if forget == "bias_only" else Constant
+            self.forget_bias = kind(bias)
         if pro:
             self.query_norm, self.key_norm = (HeadNorm(heads, self.head_size, epsilon=1e-5, dtype=self.dtype) for heads in (num_heads, self.num_kv_heads))
             self.key_shift, self.value_shift = dense(self.num_kv_heads), dense(self.num_kv_heads)
