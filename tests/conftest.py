@@ -11,10 +11,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
-CACHE = pathlib.Path(os.environ.get("ATTNX_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
+CACHE = os.environ.get("ATTNX_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
+"""Folder of the compilation cache; with an empty name there is none."""
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+if CACHE:
+    jax.config.update("jax_compilation_cache_dir", CACHE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture
