@@ -195,7 +195,7 @@ WRONG = {
     # caches and mechanisms
     "cache slots": (call(cache.init, 2, 0, 2, 8), ValueError, "slots:", "0", "at least 1"),
     "cache batch": (call(cache.init, 2.0, 4, 2, 8), TypeError, "batch:", "2.0", "integer"),
-    "cache value_size": (call(cache.init, 2, 4, 2, 8, -1), ValueError, "value_size:", "-1", "at least 1"),
+    "cache value_size": (call(cache.init, 2, 4, 2, 8, -1), ValueError, "value_size:", "-1", "at least 0"),
     "cache dtype": (call(cache.init, 2, 4, 2, 8, dtype=int), TypeError, "dtype:", "int", "floating"),
     "append too many": (call(cache.append, CACHE, K, V), ValueError, "key:", "float32[2, 5, 2, 8]", "slots (4)"),
     "append rank": (call(cache.append, CACHE, K[0, 0, 0], V), ValueError, "key:", "float32[8]", "[2, 't', 2, 8]"),
