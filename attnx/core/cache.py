@@ -104,7 +104,8 @@ def append(cache: KVCache | LayerCache, key: Float[Array, "B t K H"], value: Flo
         slot = cache.next % slots
         after = dict(positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, 0), next=cache.next + 1)
         if isinstance(cache, LayerCache):
-            write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (cache.layer, 0, slot, 0, 0))
+            place = [jnp.asarray(i, jnp.int32) for i in (cache.layer, 0, slot, 0, 0)]
+            write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], place)
             return cache._replace(keys=write(cache.keys, key), values=write(cache.values, value), **after)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, 1)
         return cache._replace(key=write(cache.key, key), value=write(cache.value, value), **after)
