@@ -18,7 +18,7 @@ from attnx.core import fused
 EXACT = 1e-10  # of the larger of 1 and the largest entry: what two ways of computing in float64 may differ by
 LONG = 300  # tokens: enough for sums in 16 bits to go wrong
 STEP = "step"  # the execution that reads token by token
-HEAVY = ("pallas", "ring")  # executions that take long to trace: tried in an example's first pattern, and at one length
+HEAVY = ("pallas", "ring")  # executions that take long to trace: tried at one length
 REFUSALS = (NotImplementedError, ValueError, TypeError)
 
 
@@ -39,8 +39,9 @@ class Subject:
         self.example, self.pattern = example, pattern or PATTERNS[0]
         self.claimed = pattern is not None
         first = self.pattern == (example.patterns or (self.pattern,))[0]
-        left_out = {*(() if first else HEAVY), *(() if self.pattern == "causal self" else (STEP,))}
-        self.executions = tuple(name for name in example.executions if name not in left_out)
+        # In patterns but the first, what is chosen by default stands for the executions: contract `executions` holds it against the definition.
+        self.executions = tuple(name for index, name in enumerate(example.executions)
+                                if (self.pattern == "causal self" if name == STEP else first or index == 0))
         self.definition = self.executions[0]
         self._jitted = functools.cache(self._jit)
         self._jitted_gradient = functools.cache(self._jit_gradient)
@@ -322,8 +323,8 @@ def lengths(subject):
                 require(error < EXACT, f"{execution or 'the default'} differs by {error:.1e} at {queries} queries and {keys} keys")
 
 
-OF_PATTERNS = (gradients, causality, refusals, mask_respect, executions, lengths)
-CONTRACTS = (shapes_and_dtypes, jit_is_eager, gradients_at_zero, sixteen_bits, vmap, batch_independence, *OF_PATTERNS)
+OF_PATTERNS = (gradients, causality, refusals, mask_respect, executions)
+CONTRACTS = (shapes_and_dtypes, jit_is_eager, gradients_at_zero, sixteen_bits, vmap, batch_independence, *OF_PATTERNS, lengths)
 
 
 def check(example: Example, pattern: str | None):
