@@ -162,6 +162,7 @@ def launch(plan, tokens, name, program: Callable, inputs, outputs):
 
 
 def slabs_of(plan, tokens):
+    """How many slabs the tokens make."""
     return tokens.query.shape[1] // plan.slab
 
 
@@ -171,12 +172,14 @@ def width(plan, value):
 
 
 def token_fields(plan, tokens):
+    """The tokens' arrays, each as wide as its products take."""
     decay = tokens.log_decay
     return Tokens(Field(tokens.query, power(tokens.query.shape[3])), Field(tokens.key, power(tokens.key.shape[3])),
                   Field(tokens.value, width(plan, tokens.value)), None if decay is None else Field(decay, power(decay.shape[3]) if decay.ndim == 4 else None))
 
 
 def plain(states):
+    """States as they are."""
     return jax.tree.map(Field, states)
 
 
