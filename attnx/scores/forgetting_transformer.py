@@ -104,7 +104,7 @@ def forgetting_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S 
       log_forget: [B, S, N], log f <= 0 of each token and query head, such as ``jax.nn.log_sigmoid(x W)``; cumulated in float32 (float64 for float64).
       scale: of the dot products; 1 / sqrt(H) by default.
       segment_ids: int32 [B, S], documents that do not see each other.
-      key_positions: int32 [S] or [B, S], 0, 1, 2, ... or -1 for padding, which neither is seen nor forgets.
+      key_positions: int32 [S] or [B, S], the positions of the tokens, 0, 1, 2, ... by default; -1 is padding, which neither is seen nor forgets.
       prune: None; or "auto" to leave out keys that have decayed so far that all of them together hold at most e^-10 of a row's weight; or that
         threshold of the decay itself, a number below 0.
       **options: implementation, block_sizes, return_residual, hooks, dropout_rate, dropout_key as in :func:`attnx.attention`.
@@ -145,7 +145,8 @@ def forgetting_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S 
         mask &= Remembered(decay[:, first:], decay, _threshold(prune, query, key, scale))
     positions: dict[str, Any] = {}
     if first or key_positions is not None:
-        positions = {"query_positions": first + jnp.arange(length, dtype=jnp.int32), "key_positions": key_positions}
+        places = jnp.arange(total, dtype=jnp.int32) if key_positions is None else key_positions
+        positions = {"query_positions": places[..., first:], "key_positions": key_positions}
     return attention(query, key, value, scores=Forgetting(decay[:, first:], decay), mask=mask, scale=scale, **positions, **options)
 
 

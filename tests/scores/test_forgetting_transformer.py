@@ -59,6 +59,15 @@ def test_last_queries(x64):
     np.testing.assert_allclose(attend(q[:, -5:], k, v, gates), attend(q, k, v, gates)[:, -5:], atol=1e-12)
 
 
+def test_positions(x64):
+    """Order is all that positions tell: where they begin does not matter, to queries as to keys."""
+    args = inputs()
+    np.testing.assert_allclose(attend(*args, key_positions=jnp.arange(24, dtype=jnp.int32) + 7), attend(*args), atol=1e-12)
+    layer = scores.ForgettingAttention(16, 4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    np.testing.assert_allclose(layer(x, positions=jnp.arange(9, dtype=jnp.int32) + 7), layer(x), atol=1e-12)
+
+
 def test_documents(x64):
     """Packed documents are as if they were apart."""
     q, k, v, gates = inputs()
