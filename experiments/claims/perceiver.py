@@ -11,7 +11,6 @@ below 1.2.
 """
 
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from experiments.evidence import Claim, Criterion, Trial
 from experiments.figures import bars
 from experiments.fit import accuracy, cross_entropy, fit, functional
 from experiments.tasks import digits
+from experiments.timing import least_seconds
 from experiments.tiny import Tiny
 
 SIDE, FEATURES, STEPS, BATCH = 16, 64, 500, 64
@@ -91,13 +91,7 @@ def _seconds(side, times):
     """Of a forward pass."""
     params, apply = functional(_perceiver(nnx.Rngs(0), side))
     call, x = jax.jit(apply), jnp.ones((8, side, side, 1))
-    jax.block_until_ready(call(params, x))
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
-        jax.block_until_ready(call(params, x))
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+    return least_seconds(lambda: call(params, x), times)
 
 
 def draw(figure, seeds):

@@ -7,7 +7,6 @@ schedule), is trained for as long, by the measured time of its steps. Measured o
 The claim holds if the transformer gets at least 95% right, no fewer than the baseline, and fewer than 30% without positions.
 """
 
-import time
 
 import jax
 import optax
@@ -20,6 +19,7 @@ from experiments.evidence import Claim, Criterion, Trial
 from experiments.figures import bars
 from experiments.fit import fit, functional
 from experiments.tasks import reversal
+from experiments.timing import least_seconds
 
 FEATURES, WIDTH, STEPS, BATCH, SHORTEST, LONGEST = 64, 84, 600, 64, 6, 16
 ARMS = ("transformer", "no positions", "recurrent")
@@ -61,7 +61,8 @@ def run(trial: Trial):
             del key
             return models.label_smoothed_cross_entropy(predict(params, batch), batch.target, smoothing=smoothing, mask=batch.counted)
 
-        pace[name] = _pace(jax.jit(jax.grad(loss)), params, sample(jax.random.key(0)), trial.scaled(12, 1))
+        step, batch = jax.jit(jax.grad(loss)), sample(jax.random.key(0))
+        pace[name] = least_seconds(lambda: step(params, batch, None), trial.scaled(12, 1))
         steps, options = STEPS, dict(optimizer=optax.adam(lambda count: noam(count + 1), b1=0.9, b2=0.98, eps=1e-9))
         if name == "recurrent":
             steps, options = 10 * round(STEPS * pace["transformer"] / pace[name] / 10), dict(learning_rate=5e-3)
@@ -69,17 +70,6 @@ def run(trial: Trial):
         measured |= {name: reversal.exact(jax.jit(predict)(params, held), held), f"{name} steps": steps,
                      f"{name} parameters": sum(x.size for x in jax.tree.leaves(params))}
     return measured
-
-
-def _pace(step, params, batch, times):
-    """Seconds of a compiled step: the least of several."""
-    jax.block_until_ready(step(params, batch, None))
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
-        jax.block_until_ready(step(params, batch, None))
-        taken.append(time.perf_counter() - began)
-    return min(taken)
 
 
 def draw(figure, seeds):
