@@ -141,6 +141,8 @@ class Entry:
       claim: what the paper says of it that is put to a test here, in a sentence.
       examples: calls that show its use, and that contracts and benchmarks make.
       notes: what a user should know: reconstructed, approximate, different from released code.
+      causal_layer: ``(features, num_heads, *, length, rngs) -> module``, its sublayer for a decoder that is trained on ``length`` tokens: causal, and called like
+        :class:`attnx.nn.Attention`, with ``init_state`` and ``step``. None where the paper has no such thing.
     """
 
     id: str
@@ -149,6 +151,7 @@ class Entry:
     claim: str
     examples: tuple[Example, ...] = ()
     notes: str = ""
+    causal_layer: Callable[..., Any] | None = None
 
 
 def stream(step: Callable, state: Any, *arrays: jax.Array) -> jax.Array:
