@@ -1,5 +1,6 @@
 """Every test process: CPU, eight forced devices, quick compilation, and a compilation cache kept between runs."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -17,6 +18,24 @@ jax.config.update("jax_disable_most_optimizations", True)
 if CACHE:
     jax.config.update("jax_compilation_cache_dir", CACHE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+MAPPINGS = 30_000
+"""Memory mappings after which a process forgets what it compiled: every executable holds a few, and Linux allows 65530."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Compiled functions are dropped before the system runs out of mappings, which XLA answers with a segmentation fault."""
+    yield
+    try:
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
+            count = sum(1 for _ in file)
+    except OSError:  # no such file but on Linux
+        return
+    if count > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
