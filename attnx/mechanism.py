@@ -107,6 +107,18 @@ def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), 
     return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)
 
 
+def skipped(query, key, query_positions=None, key_positions=None, segment_ids=None, *, is_causal: bool = True) -> dict[str, Any]:
+    """What a mechanism is told of padding and documents, as the keyword arguments of :func:`attnx.linear_attention` that say so.
+
+    Order is all that counts to it: of positions only the sign is read, that of the queries where causal, that of the keys where not.
+    """
+    if is_causal and query_positions is not None:
+        ids = jnp.zeros(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        segment_ids = jnp.where(jnp.broadcast_to(query_positions, ids.shape) < 0, -1, ids)
+    masked = not is_causal and key_positions is not None
+    return {"segment_ids": segment_ids, "key_mask": jnp.broadcast_to(jnp.asarray(key_positions) >= 0, key.shape[:2]) if masked else None}
+
+
 @part
 class Recurrent:
     """See :func:`recurrent`. A pytree; its array is the decay."""
@@ -120,9 +132,7 @@ class Recurrent:
         return dict(log_decay=self.log_decay, feature_map=self.feature_map, scale=self.scale)
 
     def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None):
-        if query_positions is not None:  # order is all that counts, but padding is skipped
-            ids = jnp.zeros(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            segment_ids = jnp.where(jnp.broadcast_to(query_positions, ids.shape) < 0, -1, ids)
+        segment_ids = skipped(query, key, query_positions, key_positions, segment_ids)["segment_ids"]
         attend = partial(linear.linear_attention, normalize=self.normalize)
         mesh = mesh_in_context()
         if mesh is None:
