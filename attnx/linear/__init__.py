@@ -4,6 +4,7 @@ from attnx import lazy
 
 _LAZY: dict[str, tuple[str, ...]] = {
     "cosine_attention": ("CottentionAttention", "CottentionState", "cosine_attention_init", "cosine_attention_step", "cosine_linear_attention"),
+    "fastmax": ("FastmaxAttention", "fastmax_attention", "fastmax_init", "fastmax_step"),
     "feature_maps": ("Taylor", "elu_plus_one", "symmetric_monomials", "unit"),
     "lightning_attention_2": ("TNLAttention", "lightning_attention", "lightning_slopes", "lightning_step"),
     "orthogonal_memory_attention": ("LAVO", "lavo_attention", "lavo_init", "lavo_step", "orthogonal_memory", "orthonormal"),
