@@ -79,7 +79,7 @@ def fastmax_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H
     True
     """
     query, key, value = checks.check_query_key_value(query, key, value)
-    size, total = query.shape[3], key.shape[1]
+    size, total, order = query.shape[3], key.shape[1], checks.check_integer("order", order, least=1, most=2)
     if is_causal and total != query.shape[1]:
         raise ValueError(f"key: expected the query's length {query.shape[1]} with is_causal=True, got {checks.describe(key)}")
     if normalize == "maxnorm":
