@@ -205,6 +205,18 @@ def step(state: LinearState, query: Float[Array, "B t N H"], key: Float[Array, "
     return state, out
 
 
+def elu_plus_one(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """``elu(x) + 1``: x + 1 where x > 0 and e^x elsewhere, so positive everywhere.
+
+    Source: Angelos Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020, arXiv 2006.16236.
+
+    >>> import jax.numpy as jnp
+    >>> elu_plus_one(jnp.array([-100.0, 0.0, 2.0]))[1:]
+    Array([1., 3.], dtype=float32)
+    """
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
 # Checks -------------------------------------------------------------------------------------------------------------
 
 

@@ -12,17 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnx.core import checks
+from attnx.core.linear import elu_plus_one
 
-
-def elu_plus_one(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-    """``elu(x) + 1``: x + 1 where x > 0 and e^x elsewhere, so positive everywhere.
-
-    Source: Angelos Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020, arXiv 2006.16236.
-
-    >>> elu_plus_one(jnp.array([-100.0, 0.0, 2.0]))[1:]
-    Array([1., 3.], dtype=float32)
-    """
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+__all__ = ["Taylor", "elu_plus_one", "symmetric_monomials", "unit"]
 
 
 def unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
