@@ -10,6 +10,7 @@ _LAZY: dict[str, tuple[str, ...]] = {
     "log_normal_attention": ("LLNAttention", "LLNState", "block_diag_attention", "fit_moment_constants", "lln_attention", "lln_diag", "lln_init", "lln_step",
                              "moment_match"),
     "orthogonal_memory_attention": ("LAVO", "lavo_attention", "lavo_init", "lavo_step", "orthogonal_memory", "orthonormal"),
+    "rank_augmented": ("RALA2d", "RavltBlock", "SoftmaxModulated2d", "kv_rank", "output_rank", "rala", "token_weights"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]

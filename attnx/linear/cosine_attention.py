@@ -4,8 +4,8 @@ Mongaras, Dohm, Larson: "Cottention: Linear Transformers With Cosine Attention" 
 
     o_t = sum over s <= t of cos(q_t, k_s) v_s / s^g          or, not causal, over all n tokens, / n^g
 
-without softmax, row sums or 1 / sqrt(H): weights lie in [-1, 1] and may be negative. As written, the sum is divided by t^g; the released decoder divides each value by s^g
-before it is added, which is not the same but for g = 0, and trains well. Both are here. s and t count the tokens that can be seen, so that padding changes nothing.
+without softmax, row sums or 1 / sqrt(H): weights lie in [-1, 1] and may be negative. As written, the sum is divided by t^g; the released decoder divides each value by
+s^g before it is added, which is not the same but for g = 0, and trains well. Both are here. s and t count the tokens that can be seen, so that padding changes nothing.
 
 The released recurrent code counts padding too, the released parallel code does not; here both forms do as the latter.
 """

@@ -4,8 +4,8 @@ Gerami, Hoover, Dulepet, Duraiswami: "FAST: Factorizable Attention for Speeding 
 
     out_i = sum over j of f(s_ij) v_j / sum over j of f(s_ij),        s_ij = scale q_i . k_j,        f(s) = 1 + s  or  1 + s + s^2 / 2
 
-A polynomial of a dot product is a dot product of features (:class:`attnx.linear.Taylor`: 1 + H, or 1 + H + H (H + 1) / 2 of them), so this is linear attention with a state
-of constant size ("factored"), and yet the full attention matrix is there to be had ("quadratic", :func:`attnx.weights.taylor` in the pairs engine), the cheaper of
+A polynomial of a dot product is a dot product of features (:class:`attnx.linear.Taylor`: 1 + H, or 1 + H + H (H + 1) / 2 of them), so this is linear attention with a
+state of constant size ("factored"), and yet the full attention matrix is there to be had ("quadratic", :func:`attnx.weights.taylor` in the pairs engine), the cheaper of
 the two where there are fewer keys than features. f stays near the exponential, and positive in order 1, only for small scores, so queries and keys are normalised
 first:
 
@@ -13,10 +13,10 @@ first:
     "maxnorm"       each vector less its mean, over the largest norm in its sequence and head; scale 1, so |s| <= 1. Sees all tokens: not causal
     "scale"         as they come; scale 1 / (tau sqrt(H)): bounded by nothing, so for order 2, whose f is at least 1/2
 
-The paper's text is followed where its released code differs, whose causal form with "maxnorm" sees the future. The scale with "standardize" is the largest that bounds the scores.
+The paper's text is followed where its released code differs, whose causal form with "maxnorm" sees the future. The scale with "standardize" is the largest that bounds
+the scores.
 """
 
-from functools import partial
 from typing import Any
 
 import jax

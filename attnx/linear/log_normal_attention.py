@@ -5,12 +5,12 @@ Nahshan, Kampeas, Haleva: "Linear Log-Normal Attention with Unbiased Concentrati
     w_ij = phi_q(q_i) . phi_k(k_j) / sum over j,          phi_q(q) = e^(alpha q),   phi_k(k) = e^(beta k)       elementwise
 
 Softmax weights of normal queries and keys (deviations sigma_q, sigma_k, scores over sqrt(H)) are log-normal with log-variance sigma_q^2 sigma_k^2; those above have
-about a (alpha^2 sigma_q^2 + beta^2 sigma_k^2) + b. :func:`moment_match` chooses alpha and beta so that both are the same, hence also entropy and spectral gap. The paper's
-layer takes the mean of this and of softmax attention within blocks of H tokens (LLN + Diag), which sees what is near as it is.
+about a (alpha^2 sigma_q^2 + beta^2 sigma_k^2) + b. :func:`moment_match` chooses alpha and beta so that both are the same, hence also entropy and spectral gap. The
+paper's layer takes the mean of this and of softmax attention within blocks of H tokens (LLN + Diag), which sees what is near as it is.
 
 The exponents are shifted by their largest value, that of each query and that of all keys so far, which cancels; the state is scaled along by the decays of the
-recurrent engine, so no token depends on a later one even by underflow. What does is the choice of alpha and beta by the deviations of a whole batch, as in the released code:
-kept deviations are what a decoder needs.
+recurrent engine, so no token depends on a later one even by underflow. What does is the choice of alpha and beta by the deviations of a whole batch, as in the
+released code: kept deviations are what a decoder needs.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """RALA: linear attention of images whose rank is raised twice.
 
-Fan, Huang, He: "Breaking the Low-Rank Dilemma of Linear Attention" (CVPR 2025, arXiv 2411.07635). The sum over keys of phi(k) v^T in linear attention has a low rank, and so
-has what is read of it. With phi = elu + 1, over the N tokens of an image:
+Fan, Huang, He: "Breaking the Low-Rank Dilemma of Linear Attention" (CVPR 2025, arXiv 2411.07635). The sum over keys of phi(k) v^T in linear attention has a low rank,
+and so has what is read of it. With phi = elu + 1, over the N tokens of an image:
 
     weigh        e = softmax over tokens of (mean phi(q) . phi(k_n) / sqrt(H)),      k_n <- N e_n phi(k_n)         tokens that matter fill the sum
     attend       y_n = rope(phi(q_n)) . sum over m of rope(k_m) v_m^T / (phi(q_n) . sum over m of k_m)             the denominator unturned, hence positive
@@ -27,7 +27,8 @@ from pallas_kernels.linear_tile import divide
 from pallas_kernels.tile import accumulator_dtype
 
 
-def token_weights(query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], *, mask: Bool[Array, "B T"] | None = None, scale: float | None = None) -> Float[Array, "B T K"]:
+def token_weights(query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], *, mask: Bool[Array, "B T"] | None = None,
+                  scale: float | None = None) -> Float[Array, "B T K"]:
     """How much each token adds to the sum over keys, 1 on average: ``N softmax over tokens of (scale mean q . k_n)``.
 
     Args:

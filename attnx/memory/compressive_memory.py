@@ -196,8 +196,8 @@ def _cut(x, size, mode="constant"):
 def _segments(query, key, value, turned_query, turned_key, seen, runs, memory, beta, rule, *, closed=None, apart=False, stop_gradient_every=None, **options):
     """Segments [B, S, L, ...]: ``(out [B, S L, N, Hv], memory)``.
 
-    ``seen`` [B, S, L] says which tokens there are, ``runs`` in which document, by rising numbers of which the memory has the first's to begin with; ``apart`` whether there
-    are several. Segments from the index ``closed`` on are not added to the memory.
+    ``seen`` [B, S, L] says which tokens there are, ``runs`` in which document, by rising numbers of which the memory has the first's to begin with; ``apart`` whether
+    there are several. Segments from the index ``closed`` on are not added to the memory.
     """
     (b, count, size), heads = seen.shape, query.shape[3]
     flat = lambda x: x.reshape(b * count, *x.shape[2:])

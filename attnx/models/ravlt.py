@@ -1,7 +1,7 @@
 """RAVLT: an image classifier of four stages, linear attention of augmented rank in the first and softmax attention in the last.
 
-Fan, Huang, He: "Breaking the Low-Rank Dilemma of Linear Attention" (CVPR 2025, arXiv 2411.07635). Convolutions make an image a quarter as high and wide; each stage is some
-blocks (:class:`attnx.linear.RavltBlock`), and between stages a convolution halves both sides again.
+Fan, Huang, He: "Breaking the Low-Rank Dilemma of Linear Attention" (CVPR 2025, arXiv 2411.07635). Convolutions make an image a quarter as high and wide; each stage is
+some blocks (:class:`attnx.linear.RavltBlock`), and between stages a convolution halves both sides again.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Rotary positions of a grid: half of the channels turn with the row, half with the column.
 
-Used for images by Qihang Fan, Huaibo Huang, Ran He, "Breaking the Low-Rank Dilemma of Linear Attention", 2025, arXiv:2411.07635, whose angles these are; :func:`rotary` in two
-dimensions.
+Used for images by Qihang Fan, Huaibo Huang, Ran He, "Breaking the Low-Rank Dilemma of Linear Attention", 2025, arXiv:2411.07635, whose angles these are;
+:func:`rotary` in two dimensions.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
     w_ij = f(s_ij) / sum_j f(s_ij),          f(s) = 1 + s + s^2 / 2 + ... + s^p / p!
 
-as in Gerami, Hoover, Dulepet, Duraiswami: "FAST: Factorizable Attention for Speeding up Transformers" (2024, arXiv 2402.07901). For even p, f is positive whatever s; for odd p
-scores must stay above its root (-1 for p = 1).
+as in Gerami, Hoover, Dulepet, Duraiswami: "FAST: Factorizable Attention for Speeding up Transformers" (2024, arXiv 2402.07901). For even p, f is positive whatever s;
+for odd p scores must stay above its root (-1 for p = 1).
 """
 
 import jax.numpy as jnp

@@ -177,10 +177,9 @@ def test_no_slope_by_deviations():
 
 def test_errors():
     args = inputs(jnp.float32)
-    for match, options in (("alpha: expected", dict(alpha=jnp.ones(3))), ("beta: expected", dict(beta=jnp.ones(4))), ("key_mask: expected shape", dict(key_mask=jnp.ones((2, 3), bool))),
-                           ("segment_ids: expected shape", dict(segment_ids=jnp.zeros((2, 3), jnp.int32)))):
-        with pytest.raises(ValueError, match=match):
-            linear.lln_attention(*args, **{"alpha": 1.0, "beta": 1.0, **options})
+    for name, wrong in (("alpha", jnp.ones(3)), ("beta", jnp.ones(4)), ("key_mask", jnp.ones((2, 3), bool)), ("segment_ids", jnp.zeros((2, 3), jnp.int32))):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            linear.lln_attention(*args, **{"alpha": 1.0, "beta": 1.0, name: wrong})
     with pytest.raises(ValueError, match="mix: expected 2 arrays"):
         linear.lln_diag(*args, 1.0, 1.0, mode="learnable_scale")
     with pytest.raises(ValueError, match="mode: expected one of"):

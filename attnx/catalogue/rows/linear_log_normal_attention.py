@@ -43,6 +43,6 @@ so that the weights have the log-variance sigma_q^2 sigma_k^2 that softmax gives
         Example(mixed, {**ARRAYS, "r": "nv", "p": "nv"}, "btnv", patterns=("causal self", "noncausal self"), executions=("parallel", "chunked"), mask="seen", linear="t",
                 name="with blocks"),
     ),
-    notes="Deviations are kept unless statistics='batch' or 'head', which see every token of the batch. The published constants fit heads of 64: see fit_moment_constants.",
+    notes="Deviations are kept unless statistics='batch' or 'head', which see all of the batch. The published constants fit heads of 64: see fit_moment_constants.",
     causal_layer=layer,
 )
