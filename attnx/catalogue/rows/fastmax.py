@@ -7,12 +7,12 @@ from attnx.catalogue.entry import SEEN, Entry, Example, stream
 from attnx.positions import Rotary
 
 
-def factored(case, query, key, value, seen, **options):
+def factored(case, query, key, value, seen, is_causal=None, **options):
     """Linear attention of Taylor features; keys not seen are left out."""
     if case.execution == "step":
         state = linear.fastmax_init(query.shape[0], *key.shape[2:], value.shape[3], order=options["order"], dtype=query.dtype)
         return stream(lambda state, *token: linear.fastmax_step(state, *token, **options), state, query, key, value)
-    return linear.fastmax_attention(query, key, value, is_causal=case.causal, key_mask=seen, form="factored", implementation=case.implementation,
+    return linear.fastmax_attention(query, key, value, is_causal=case.causal if is_causal is None else is_causal, key_mask=seen, form="factored", implementation=case.implementation,
                                     chunk_size=4 if case.execution == "chunked" else None, **options)
 
 
@@ -31,12 +31,12 @@ entry = Entry(
     equation="""out_i = sum over j of f(s_ij) v_j / sum over j of f(s_ij),      f(s) = 1 + s + s^2 / 2,      s = scale norm(q) . norm(k)""",
     claim="At a cost linear in the length it models as well as softmax attention does, better in order 2 than in order 1.",
     examples=(
-        Example(partial(factored, order=2), ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen",
-                linear="t"),
-        Example(partial(factored, order=1), ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "step"), mask="seen", linear="t",
+        Example(partial(factored, order=2), ARRAYS, "btnv", patterns=("causal self", *UNORDERED),
+                executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen", linear="t"),
+        Example(partial(factored, order=1, is_causal=True), ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "step"), mask="seen", linear="t",
                 name="first order"),
         Example(partial(factored, order=2, normalize="maxnorm"), ARRAYS, "btnv", patterns=UNORDERED, executions=("parallel", "chunked"), mask="seen", linear="t",
-                name="not causal"),
+                name="maxnorm"),
         Example(partial(quadratic, order=2), ARRAYS, "btnv", patterns=("causal self", *UNORDERED), executions=("reference", "blockwise", "pallas", "ring"),
                 mask="seen", name="quadratic"),
     ),

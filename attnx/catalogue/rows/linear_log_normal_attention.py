@@ -38,8 +38,8 @@ entry = Entry(
 so that the weights have the log-variance sigma_q^2 sigma_k^2 that softmax gives them""",
     claim="Of linear attentions it is nearest to softmax in the entropy of its weights, and it models better than they do, best with softmax in blocks beside it.",
     examples=(
-        Example(call, ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen", linear="t"),
-        Example(call, ARRAYS, "btnv", patterns=("noncausal cross", "noncausal self"), executions=("parallel", "chunked"), mask="seen", linear="t", name="not causal"),
+        Example(call, ARRAYS, "btnv", patterns=("causal self", "noncausal self", "noncausal cross"),
+                executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen", linear="t"),
         Example(mixed, {**ARRAYS, "r": "nv", "p": "nv"}, "btnv", patterns=("causal self", "noncausal self"), executions=("parallel", "chunked"), mask="seen", linear="t",
                 name="with blocks"),
     ),
