@@ -10,7 +10,8 @@ def attend(case, query, key, value, m, seen, is_causal=None, **options):
     if case.execution == "step":
         state = linear.cosine_attention_init(query.shape[0], *key.shape[2:], value.shape[3], dtype=query.dtype)
         return stream(lambda state, *token: linear.cosine_attention_step(state, *token, m, **options), state, query, key, value)
-    return linear.cosine_linear_attention(query, key, value, m, is_causal=case.causal if is_causal is None else is_causal, key_mask=seen, implementation=case.implementation,
+    is_causal = case.causal if is_causal is None else is_causal
+    return linear.cosine_linear_attention(query, key, value, m, is_causal=is_causal, key_mask=seen, implementation=case.implementation,
                                           chunk_size=4 if case.execution == "chunked" else None, **options)
 
 

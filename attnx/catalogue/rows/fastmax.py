@@ -12,7 +12,8 @@ def factored(case, query, key, value, seen, is_causal=None, **options):
     if case.execution == "step":
         state = linear.fastmax_init(query.shape[0], *key.shape[2:], value.shape[3], order=options["order"], dtype=query.dtype)
         return stream(lambda state, *token: linear.fastmax_step(state, *token, **options), state, query, key, value)
-    return linear.fastmax_attention(query, key, value, is_causal=case.causal if is_causal is None else is_causal, key_mask=seen, form="factored", implementation=case.implementation,
+    is_causal = case.causal if is_causal is None else is_causal
+    return linear.fastmax_attention(query, key, value, is_causal=is_causal, key_mask=seen, form="factored", implementation=case.implementation,
                                     chunk_size=4 if case.execution == "chunked" else None, **options)
 
 
@@ -33,8 +34,8 @@ entry = Entry(
     examples=(
         Example(partial(factored, order=2), ARRAYS, "btnv", patterns=("causal self", *UNORDERED),
                 executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen", linear="t"),
-        Example(partial(factored, order=1, is_causal=True), ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "step"), mask="seen", linear="t",
-                name="first order"),
+        Example(partial(factored, order=1, is_causal=True), ARRAYS, "btnv", patterns=("causal self",), executions=("parallel", "chunked", "step"), mask="seen",
+                linear="t", name="first order"),
         Example(partial(factored, order=2, normalize="maxnorm"), ARRAYS, "btnv", patterns=UNORDERED, executions=("parallel", "chunked"), mask="seen", linear="t",
                 name="maxnorm"),
         Example(partial(quadratic, order=2), ARRAYS, "btnv", patterns=("causal self", *UNORDERED), executions=("reference", "blockwise", "pallas", "ring"),
