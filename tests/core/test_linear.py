@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnx.core import linear
 from attnx.core.linear import LinearState, linear_attention
+from attnx.mechanism import recurrent
 
 B, T, N, K, H, HV = 2, 37, 4, 2, 5, 3
 
@@ -297,6 +298,22 @@ def test_keys_that_do_not_count(x64, is_causal):
     for implementation in ("parallel", "chunked", *(["recurrent"] if is_causal else [])):
         out = linear_attention(query, *spoiled, log_decay=decay, key_mask=mask, normalize=True, is_causal=is_causal, implementation=implementation)
         np.testing.assert_allclose(out[:, 1:], expected[:, 1:], atol=1e-12)
+
+
+def test_mechanism_of_an_encoder(x64):
+    """Not causal, padding of the context is left out, on a mesh too; there is no streaming form."""
+    (query, key, value, _, _), _, _, _ = case("constant", length=16)
+    query, key, places = abs(query)[:, :8], abs(key), jnp.where(jnp.arange(16) < 11, jnp.arange(16), -1)
+    mechanism = recurrent(normalize=True, is_causal=False)
+    expected = linear_attention(query, key[:, :11], value[:, :11], normalize=True, is_causal=False)
+    attend = jax.jit(lambda *args: mechanism(*args, key_positions=places))
+    np.testing.assert_allclose(attend(query, key, value), expected, atol=1e-12)
+    with jax.set_mesh(jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))):
+        np.testing.assert_allclose(jax.jit(lambda *args: mechanism(*args, key_positions=places))(query, key, value), expected, atol=1e-12)
+    with pytest.raises(NotImplementedError, match="is_causal=False"):
+        mechanism.init(1, 4, K, H, HV, jnp.float32)
+    with pytest.raises(ValueError, match="log_decay: expected None"):
+        recurrent(log_decay=jnp.zeros(2), is_causal=False)
 
 
 def test_nothing_to_attend_to(x64):
