@@ -40,8 +40,8 @@ NORMS = ("standardize", "maxnorm", "scale")
 
 
 def fastmax_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K Hv"], *, order: int = 2, is_causal: bool = True,
-                      normalize: str = "standardize", tau: float = 8.0, key_mask: Bool[Array, "B S"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-                      form: str | None = None, dropout_rate: float = 0.0, dropout_key: Array | None = None, chunk_size: int | None = None,
+                      normalize: str = "standardize", tau: float = 8.0, key_mask: Bool[Array, "B S"] | None = None, query_mask: Bool[Array, "B T"] | None = None,
+                      segment_ids: Int[Array, "B T"] | None = None, form: str | None = None, dropout_rate: float = 0.0, dropout_key: Array | None = None, chunk_size: int | None = None,
                       implementation: str | None = None, **options):
     """Attention with the weights of a Taylor polynomial, factored or not.
 
@@ -54,6 +54,7 @@ def fastmax_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H
       normalize: of queries and keys: "standardize", "maxnorm" (not causal, no documents) or "scale", see above.
       tau: with "scale", what scores are divided by besides sqrt(H).
       key_mask: booleans [B, S], the keys that are there.
+      query_mask: booleans [B, T], the queries that are there, of which "maxnorm" takes the largest.
       segment_ids: int32 [B, T], S = T: documents that do not see each other; tokens of negative ids are padding.
       form: "factored" (linear attention), "quadratic" (all pairs), or None for the one with less to do.
       dropout_rate, dropout_key: factored only. Entries of normalised queries and keys (order 1) or of their products (order 2) are dropped, in numerator and denominator.
@@ -86,7 +87,7 @@ def fastmax_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H
         if is_causal or segment_ids is not None:
             raise ValueError("normalize: expected 'standardize' or 'scale' with is_causal=True or segment_ids, got 'maxnorm', which depends on all tokens; "
                              "mark padding by key_mask")
-        query, key, scale = _over_largest(query), _over_largest(key, key_mask), 1.0
+        query, key, scale = _over_largest(query, query_mask), _over_largest(key, key_mask), 1.0
     else:
         query, key, scale = _normalized(query, key, normalize, tau)
     rate = checks.check_dropout_rate(dropout_rate)
@@ -209,6 +210,8 @@ class FastmaxMechanism:
 
     def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None):
         told = skipped(query, key, query_positions, key_positions, segment_ids, is_causal=self.is_causal)
+        if query_positions is not None:
+            told["query_mask"] = jnp.broadcast_to(jnp.asarray(query_positions) >= 0, query.shape[:2])
         return fastmax_attention(query, key, value, order=self.order, is_causal=self.is_causal, normalize=self.normalize, tau=self.tau, form=self.form,
                                  dropout_rate=self.dropout_rate if dropout_key is not None else 0.0, dropout_key=dropout_key,
                                  implementation=self.implementation, **told)

@@ -65,7 +65,7 @@ def moment_match(sigma_query, sigma_key, a: float = A, b: float = B) -> tuple[Ar
 
 
 @functools.cache
-def fit_moment_constants(head_size: int, *, samples: int = 256, seed: int = 0) -> tuple[float, float]:
+def fit_moment_constants(head_size: int, *, samples: int = 512, seed: int = 0) -> tuple[float, float]:
     """Slope a and offset b of the log-variance of the weights for heads of a size, by least squares on normal queries and keys.
 
     Args:
@@ -74,7 +74,7 @@ def fit_moment_constants(head_size: int, *, samples: int = 256, seed: int = 0) -
       seed: of the draws.
 
     Returns:
-      ``(a, b)``: var(log w) is about a (alpha^2 sigma_q^2 + beta^2 sigma_k^2) + b where both terms are equal, from 4 to 16 together.
+      ``(a, b)``: the variance of the logarithms of weights is about a (alpha^2 sigma_q^2 + beta^2 sigma_k^2) + b where both terms are equal, from 4 to 16 together.
 
     Cost: O(samples^2 H) on the host, once for each argument.
 
@@ -86,7 +86,8 @@ def fit_moment_constants(head_size: int, *, samples: int = 256, seed: int = 0) -
     rng = np.random.default_rng(seed)
     q, k = rng.standard_normal((2, samples, head_size))
     total = np.linspace(4.0, 16.0, 7)
-    found = [np.log(np.exp(t * q) @ np.exp(t * k).T).var() for t in np.sqrt(total / 2)]
+    weights = [np.exp(t * q) @ np.exp(t * k).T for t in np.sqrt(total / 2)]
+    found = [np.log(w / w.sum(1, keepdims=True)).var() for w in weights]
     slope, offset = np.polyfit(total, found, 1)
     return float(slope), float(offset)
 

@@ -21,7 +21,7 @@ def inputs(length, seed=0, dtype=jnp.float32):
 
 def naive(query, key, value, m, norm_by="key", is_causal=True, seen=None):
     """All cosines, in one matrix."""
-    length, g = key.shape[1], jnp.repeat(jax.nn.sigmoid(m), 2)[:, None, None]
+    length, g = key.shape[1], jnp.repeat(jax.nn.sigmoid(m.astype(key.dtype)), 2)[:, None, None]
     seen = jnp.ones(key.shape[:2]) if seen is None else seen.astype(key.dtype)
     length_of = lambda x: jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosines = jnp.einsum("btnh,bsnh->bnts", query / length_of(query), jnp.repeat(key / length_of(key), 2, axis=2)) * seen[:, None, None]

@@ -108,11 +108,14 @@ def test_layer():
     layer, x = linear.RALA2d(16, N, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (B, 3, 5, 16))
     q, k, v, o = jnp.split(layer.project(x), 4, -1)
     y = written(*(part.reshape(B, T, N, H) for part in (q, k, v))).reshape(x.shape)
-    np.testing.assert_allclose(layer(x), layer.out((y + layer.near(v)) * o), atol=1e-5)
+    np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, x), layer.out((y + layer.near(v)) * o), atol=1e-5)
     for each in (layer, linear.SoftmaxModulated2d(16, N, rngs=nnx.Rngs(0))):
-        graph, params, rest = nnx.split(linear.RavltBlock(16, each, 24, drop_rate=0.5, rngs=nnx.Rngs(1)), nnx.Param, ...)
-        slopes = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graph, params, rest)(x, dropout_key=jax.random.key(4)) ** 2)))(params)
+        block = linear.RavltBlock(16, each, 24, drop_rate=0.999, rngs=nnx.Rngs(1))
+        graph, params, rest = nnx.split(block, nnx.Param, ...)
+        loss = lambda params, key: (lambda out: (jnp.sum(out**2), out))(nnx.merge(graph, params, rest)(x, dropout_key=key))
+        slopes, _ = jax.jit(jax.grad(loss, has_aux=True))(params, None)
         assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(slopes))
+    np.testing.assert_allclose(loss(params, jax.random.key(0))[1], x + block.position(x), atol=1e-6)  # hardly a branch is kept
     bare = linear.RALA2d(16, N, augment_kv=False, modulate=False, convolve=False, rotate=False, rngs=nnx.Rngs(0))
     assert bare.project.kernel.shape == (16, 48) and bare.near is None and bare(x).shape == x.shape
 
@@ -122,10 +125,10 @@ def test_model():
     config = models.RAVLTConfig((models.Stage(8, 1, 1), models.Stage(16, 1, 2, softmax=True)), classes=5, projection=12)
     model, x = models.RAVLT(config, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 17, 24, 3))
     model.train()
-    assert model(x, dropout_key=jax.random.key(1)).shape == (2, 5)
+    assert nnx.jit(lambda model, x: model(x, dropout_key=jax.random.key(1)))(model, x).shape == (2, 5)
     model.eval()
-    one, both = model(x[:1]), model(x)
-    np.testing.assert_allclose(one[0], both[0], atol=1e-4)
+    call = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(call(model, x.at[1].mul(2.0))[0], call(model, x)[0], atol=1e-4)
     tiny = nnx.eval_shape(lambda: models.RAVLT(models.RAVLTConfig.tiny(), rngs=nnx.Rngs(0)))
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(nnx.state(tiny, nnx.Param)))
     assert 14e6 < count < 16e6

@@ -30,7 +30,7 @@ def unrolled(query, key, value, beta=BETA, rule="linear", length=L, position=Rot
     """Segment by segment, head by head, by the paper's equations."""
     out = []
     key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
-    m, z, g = jnp.zeros((B, N, H, HV)), jnp.zeros((B, N, H)), jax.nn.sigmoid(beta)[:, None]
+    m, z, g = jnp.zeros((B, N, H, HV)), jnp.zeros((B, N, H)), jax.nn.sigmoid(beta.astype(query.dtype))[:, None]
     places = jnp.arange(query.shape[1])
     for start in range(0, query.shape[1], length):
         q, k, v = (x[:, start:start + length] for x in (query, key, value))
@@ -71,7 +71,7 @@ def test_one_segment(x64):
     args = inputs()
     plain = attnx.attention(*args, mask=masks.causal())
     out, after = memory.infini_segment(*args, linear.init(B, K, H, HV, normalize=True, dtype=jnp.float64), BETA)
-    np.testing.assert_allclose(out, (1 - jax.nn.sigmoid(BETA))[:, None] * plain, atol=1e-12)
+    np.testing.assert_allclose(out, (1 - jax.nn.sigmoid(BETA.astype(float)))[:, None] * plain, atol=1e-12)
     np.testing.assert_allclose(attend(*args, BETA, segment_length=100), out, atol=1e-12)
     np.testing.assert_allclose(after.normalizer, sigma(args[1]).sum(1), atol=1e-12)
     local = attend(*args, jnp.full(N, -40.0), segment_length=L)
