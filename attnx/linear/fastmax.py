@@ -41,8 +41,8 @@ NORMS = ("standardize", "maxnorm", "scale")
 
 def fastmax_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K Hv"], *, order: int = 2, is_causal: bool = True,
                       normalize: str = "standardize", tau: float = 8.0, key_mask: Bool[Array, "B S"] | None = None, query_mask: Bool[Array, "B T"] | None = None,
-                      segment_ids: Int[Array, "B T"] | None = None, form: str | None = None, dropout_rate: float = 0.0, dropout_key: Array | None = None, chunk_size: int | None = None,
-                      implementation: str | None = None, **options):
+                      segment_ids: Int[Array, "B T"] | None = None, form: str | None = None, dropout_rate: float = 0.0, dropout_key: Array | None = None,
+                      chunk_size: int | None = None, implementation: str | None = None, **options):
     """Attention with the weights of a Taylor polynomial, factored or not.
 
     Args:
