@@ -8,9 +8,10 @@ from attnx.weights.relu import relu
 from attnx.weights.sigmoid import sigmoid
 from attnx.weights.softmax import softmax
 from attnx.weights.softpick import softpick
+from attnx.weights.taylor import taylor
 from pallas_kernels.parts import Exponential, Root, Sum, Weights
 
 _LAZY = {"quantizable_attention": ("GatedAttention", "HeadGate", "gated_attention", "init_gate")}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = ["Exponential", "Root", "Sum", "Weights", "clipped_softmax", "entmax", "entmax15", "laplace", "relu", "relu_squared", "sigmoid", "softmax", "softpick",
-           "sparsemax", *(name for names in _LAZY.values() for name in names)]
+           "sparsemax", "taylor", *(name for names in _LAZY.values() for name in names)]
