@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import linear_forms as forms
 from attnx.core import linear_fused
@@ -282,8 +282,18 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     return (out if segment_ids is None else jnp.where(valid, out, 0)).astype(query.dtype), state
 
 
-def _restarts(segment_ids, axis_name, reverse):
-    """Where the id differs from that of the last token before it that is not padding, [B, T]."""
+def restarts(segment_ids: Int[Array, "B T"], axis_name: Hashable | None = None, reverse: bool = False) -> Bool[Array, "B T"]:
+    """Where the state starts anew: where the id differs from that of the last token before it that is not padding.
+
+    Args:
+      segment_ids: int [B, T]; negative ids are padding.
+      axis_name: the mesh axis over which T is sharded, inside ``jax.shard_map``.
+      reverse: whether the sequence is read from the last device to the first.
+
+    >>> import jax.numpy as jnp
+    >>> restarts(jnp.array([[-1, 0, -1, 0, 1]]))
+    Array([[False, False, False, False,  True]], dtype=bool)
+    """
 
     def forward(earlier, later):
         return jnp.where(later >= 0, later, earlier)
@@ -300,9 +310,9 @@ def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=Fal
     if not query.shape[1]:
         return jnp.zeros((*query.shape[:3], value.shape[3]), memory.dtype), memory
     if segment_ids is not None:
-        restarts = _restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
+        starts = restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
         log_decay = jnp.zeros((1, 1, key.shape[2], 1), memory.dtype) if log_decay is None else log_decay
-        log_decay = jnp.where(restarts, -jnp.inf, log_decay)
+        log_decay = jnp.where(starts, -jnp.inf, log_decay)
     if plan.axis_name is None:
         return plan.form(query, key, value, log_decay, memory)
     return forms.over_devices(plan.form, query, key, value, log_decay, memory, axis_name=plan.axis_name, reverse=reverse)
@@ -311,7 +321,7 @@ def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=Fal
 def _unordered(plan, query, key, value, log_decay, segment_ids, memory):
     """Not causal: one sum over all keys or, in runs of equal ids, the sum up to a token and that from it on."""
     if plan.implementation == "parallel":
-        runs = None if segment_ids is None else jnp.cumsum(_restarts(segment_ids, None, False), axis=1)
+        runs = None if segment_ids is None else jnp.cumsum(restarts(segment_ids), axis=1)
         return forms.parallel_unordered(query, key, value, memory, features=plan.features, runs=runs)
     if segment_ids is None:
         return forms.unordered(query, key, value, memory, features=plan.features, axis_name=plan.axis_name)

@@ -3,8 +3,13 @@
 from attnx import lazy
 
 _LAZY: dict[str, tuple[str, ...]] = {
+    "agents": ("AgentAttention", "agent_attention", "agent_patch", "pool_agents"),
+    "efficient": ("EfficientAttention2d", "efficient_attention", "efficient_attention_causal", "efficient_init", "efficient_step"),
+    "latent_states": ("LatteAttention", "LatteWindowAttention", "latte", "latte_init", "latte_step", "latte_window"),
     "lightning_attention_2": ("TNLAttention", "lightning_attention", "lightning_slopes", "lightning_step"),
     "orthogonal_memory_attention": ("LAVO", "lavo_attention", "lavo_init", "lavo_step", "orthogonal_memory", "orthonormal"),
+    "linformer": ("LinformerAttention", "LinformerProjection", "linformer_attention", "project_sequence"),
+    "softmax_over_positions": ("PositionSoftmaxState", "position_softmax", "position_softmax_attention", "position_softmax_init"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]
