@@ -201,7 +201,7 @@ class _Plan(NamedTuple):
 def _sampled(plan, query, key, value, query_codes, key_codes):
     """The mean over hashes; unit queries [B, T, N, H] and keys, values, and codes [m, B, T, N] and [m, B, S, K]."""
     if plan.pairs:
-        return _weigh(_collisions(query_codes, key_codes), value)
+        return _weigh(_collisions(query_codes, key_codes, value.dtype), value)
     return _transfer(plan, key_codes, query_codes, value)
 
 
@@ -211,7 +211,7 @@ def _forward(plan, *arguments):
 
 def _backward(plan, saved, slope):
     query, key, value, query_codes, key_codes = saved
-    share = _collisions(query_codes, key_codes) if plan.pairs else None
+    share = _collisions(query_codes, key_codes, value.dtype) if plan.pairs else None
     value_slope = jnp.einsum("bkgij,bikgv->bjkv", share, _grouped(slope, key)) if plan.pairs else _transfer(plan, query_codes, key_codes, slope, key.shape[2])
     if plan.gradient != "lower_bound":
         gradient = "exact" if plan.gradient == "exact_expectation" else "lower_bound"
@@ -247,7 +247,7 @@ def _weigh(weights, values):
     return out.reshape(*out.shape[:2], -1, out.shape[4])
 
 
-def _collisions(query_codes, key_codes):
+def _collisions(query_codes, key_codes, dtype):
     """The share of hashes in which a query and a key have the same code, [B, K, G, T, S]."""
     m, b, t, n = query_codes.shape
     heads = key_codes.shape[3]
@@ -257,8 +257,8 @@ def _collisions(query_codes, key_codes):
         equal = jnp.transpose(query, (0, 2, 3, 1))[..., None] == jnp.transpose(key, (0, 2, 1))[:, :, None, None]
         return total + equal, None
 
-    total = jnp.zeros((b, heads, n // heads, t, key_codes.shape[2]), jnp.float32)
-    return lax.scan(add, total, (query_codes, key_codes))[0] / m
+    total = jnp.zeros((b, heads, n // heads, t, key_codes.shape[2]), jnp.int32)
+    return lax.scan(add, total, (query_codes, key_codes))[0].astype(dtype) / m
 
 
 def _transfer(plan, from_codes, to_codes, values, heads=None):

@@ -99,8 +99,8 @@ def test_layer(name):
     def both(params, x):
         layer = nnx.merge(graph, params, rest)
         state, first = layer.step(layer.init_state(batch=2, max_length=T), x[:, :5])
-        rest = stream(layer.step, state, x[:, 5:])
-        return layer(x, positions=jnp.arange(T)), jnp.concatenate([first, rest], axis=1), layer(x, positions=jnp.where(jnp.arange(T) < 6, jnp.arange(T), -1))
+        others = stream(layer.step, state, x[:, 5:])
+        return layer(x, positions=jnp.arange(T)), jnp.concatenate([first, others], axis=1), layer(x, positions=jnp.where(jnp.arange(T) < 6, jnp.arange(T), -1))
 
     whole, stepped, padded = both(params, x)
     np.testing.assert_allclose(stepped, whole, atol=1e-5)

@@ -13,6 +13,7 @@ B, T, S, N, K, H, V = 2, 7, 9, 4, 2, 8, 3
 BITS, HASHES = 3, 6
 STATIC = ("bits", "hashes", "hash", "gradient", "implementation")
 sample = jax.jit(sparse.yoso_sample, static_argnames=STATIC)
+expectation = jax.jit(sparse.yoso_expectation, static_argnames=STATIC)
 KEY = jax.random.key(7)
 
 
@@ -30,9 +31,11 @@ def test_expectation():
     """Written out; a key like the query has weight 1, its opposite 0."""
     q, k, v = inputs()
     expected = jnp.einsum("bnts,bsnv->btnv", probability(q, k, BITS), jnp.repeat(v, N // K, 2))
-    np.testing.assert_allclose(sparse.yoso_expectation(q, k, v, bits=BITS), expected, atol=1e-5)
-    near = jnp.concatenate([q[:, :1], -q[:, :1]], 1)
-    np.testing.assert_allclose(sparse.yoso_expectation(q[:, :1], near, near[..., :1] * 0 + jnp.array([1.0, 100.0])[:, None, None], bits=BITS), 1, atol=1e-2)
+    np.testing.assert_allclose(expectation(q, k, v, bits=BITS), expected, atol=1e-5)
+    odd = (jnp.arange(S) % 2)[:, None, None]
+    near = jnp.where(odd, -1, 1) * jnp.broadcast_to(q[:, :1, :1], k.shape)
+    counted = jnp.broadcast_to(jnp.where(odd, 100.0, 1.0), v.shape)  # five ones beside what is not to be found
+    np.testing.assert_allclose(expectation(jnp.broadcast_to(q[:, :1, :1], q.shape), near, counted, bits=BITS), 5, atol=1e-2)
 
 
 @pytest.mark.parametrize("hash", ["gaussian", "hadamard"])
@@ -78,7 +81,7 @@ def test_tables_are_pairs_of_codes():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), tables, pairs)
     np.testing.assert_allclose(jnp.vdot(pairs[0], slope), jnp.vdot(v, pairs[1][2]), atol=1e-10)
     codes = [sparse.lsh_codes(KEY, unit(x), bits=BITS, hashes=HASHES, kv_heads=K) for x in (q, k)]
-    share = (codes[0].transpose(1, 3, 0, 2)[..., None] == jnp.repeat(codes[1], N // K, 3).transpose(1, 3, 0, 2)[..., None, :]).mean(2)
+    share = (codes[0].transpose(1, 3, 0, 2)[..., None] == jnp.repeat(codes[1], N // K, 3).transpose(1, 3, 0, 2)[..., None, :]).mean(2, dtype=v.dtype)
     np.testing.assert_allclose(pairs[0], jnp.einsum("bnts,bsnv->btnv", share, jnp.repeat(v, N // K, 2)), atol=1e-12)
 
     def surrogate(q, k):  # of slope bits / 2 times the share that meets
@@ -101,11 +104,11 @@ def test_gradients_of_the_expectation():
     np.testing.assert_allclose(exact[1], slope, atol=1e-12)
     assert (bound[1][:4] <= slope[:4] / 0.98 + 0.05).all()
     q, k, v = inputs(jnp.float64)
-    loss = lambda gradient: jax.grad(lambda q, k, v: jnp.sum(jnp.sin(sparse.yoso_sample(KEY, q, k, v, bits=BITS, hashes=HASHES, gradient=gradient))), (0, 1))(q, k, v)
-    share = sparse.yoso_sample(KEY, q, k, v, bits=BITS, hashes=HASHES)
+    slope = jnp.ones((B, T, N, V))
     for sampled, expected in (("lower_bound_expectation", "lower_bound"), ("exact_expectation", "exact")):
-        through = lambda q, k: jnp.vdot(sparse.yoso_expectation(q, k, v, bits=BITS, gradient=expected), jnp.cos(share))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), loss(sampled), jax.grad(through, (0, 1))(q, k))
+        got = jax.jit(jax.grad(lambda q, k: jnp.vdot(sparse.yoso_sample(KEY, q, k, v, bits=BITS, hashes=HASHES, gradient=sampled), slope), (0, 1)))(q, k)
+        wanted = jax.jit(jax.grad(lambda q, k: jnp.vdot(sparse.yoso_expectation(q, k, v, bits=BITS, gradient=expected), slope), (0, 1)))(q, k)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, wanted)
 
 
 def test_padding_and_order():
@@ -119,7 +122,7 @@ def test_padding_and_order():
     padded = sample(KEY, q, k, v, key_positions=places, query_positions=places[:T], **common)
     np.testing.assert_allclose(padded[:, :6], sample(KEY, q, k[:, :6], v[:, :6], **common)[:, :6], atol=1e-6)
     assert not padded[:, 6].any()
-    expected = sparse.yoso_expectation(q, k, v, bits=BITS, key_positions=places, query_positions=places[:T])
+    expected = expectation(q, k, v, bits=BITS, key_positions=places, query_positions=places[:T])
     assert not expected[:, 6].any()
 
 

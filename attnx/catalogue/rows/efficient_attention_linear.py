@@ -52,7 +52,7 @@ entry = Entry(
     claim="In place of attention between all pixels it restores images as well, with memory linear in the pixels.",
     examples=(
         Example(call, ARRAYS, "btnv", WHOLE, ("parallel", "chunked"), "seen", linear="t"),
-        Example(causal, ARRAYS, "btnv", ("causal self",), ("parallel", "chunked", "recurrent", "pallas", "step"), "seen", linear="t", name="causal"),
+        Example(causal, ARRAYS, "btnv", ("causal self",), ("parallel", "chunked", "step"), "seen", linear="t", name="causal"),
         Example(scaled, ARRAYS, "btnv", WHOLE, ("parallel", "chunked"), "seen", linear="t", name="scaled"),
         Example(lambda case, params, x: rebuild(make, params)(x), {"params": parameters(make), "x": "bhwc"}, "bhwc", linear="h", sizes={"h": 3, "w": 4, "c": 6},
                 name="of maps")),

@@ -48,7 +48,7 @@ with a window: latent 0 is softmax attention to the last w tokens""",
         Example(call, {"query": "btnl", "key": "bskl", "value": "bskv", "seen": SEEN}, "btnv", ("causal self", "noncausal self", "noncausal cross"), EXECUTIONS,
                 "seen", linear="t", sizes={"l": 5}),
         Example(window, {"query_logits": "btnm", "key_logits": "bskl", "query": "btnh", "key": "bskh", "value": "bskv", "seen": SEEN}, "btnv", ("causal self",),
-                ("parallel", "chunked", "pallas", "step"), "seen", linear="t", sizes={"l": 5, "m": 6}, name="with a window")),
+                ("parallel", "chunked", "step"), "seen", linear="t", sizes={"l": 5, "m": 6}, name="with a window")),
     causal_layer=layer,
     notes="A latent's state is its mean of values and the log of its normaliser, where the paper's code keeps sums and a running maximum. The window is a later "
           "extension, reconstructed.",
