@@ -18,7 +18,8 @@ def together(options):
     """Runs the command in two processes of two devices each, as ``srun`` would start it."""
     job = 1 + os.getpid() % 4000  # the port follows from the job
     cluster = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    folder = jax.config.jax_compilation_cache_dir
+    cache = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | ({"JAX_COMPILATION_CACHE_DIR": folder} if folder else {})
     environment = {**os.environ, **cluster, **cache, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "attnx", "train", "--distributed", *options]
     processes = [subprocess.Popen(command, env={**environment, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
