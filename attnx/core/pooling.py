@@ -40,8 +40,8 @@ def adaptive_average_pool(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
     Cost: that of one matrix product an axis.
 
-    >>> adaptive_average_pool(jnp.arange(12.0).reshape(1, 3, 4), (1, 2))
-    Array([[[4.5, 6.5]]], dtype=float32)
+    >>> adaptive_average_pool(jnp.arange(8.0).reshape(1, 2, 4), (1, 2))
+    Array([[[2.5, 4.5]]], dtype=float32)
     """
     if x.ndim < len(sizes) + 1:
         raise ValueError(f"x: expected shape [B, {len(sizes)} spatial axes, ...], got {describe(x)}")

@@ -75,7 +75,7 @@ def yoso_expectation(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     Source: Zhanpeng Zeng et al., "You Only Sample (Almost) Once: Linear Cost Self-Attention Via Bernoulli Sampling", 2021, arXiv 2111.09714.
 
     >>> q, k = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.eye(2).reshape(1, 2, 1, 2)
-    >>> yoso_expectation(q, k, jnp.array([1.0, 8.0]).reshape(1, 2, 1, 1), bits=3)[0, 0, 0]  # 1 + 8 / 2^3
+    >>> yoso_expectation(q, k, jnp.array([1.0, 8.0]).reshape(1, 2, 1, 1), bits=3)[0, 0, 0].round(3)  # 1 + 8 / 2^3
     Array([2.], dtype=float32)
     """
     query, key, value = checks.check_query_key_value(query, key, value)

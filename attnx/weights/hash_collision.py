@@ -60,7 +60,7 @@ def collision(bits: int = 9, *, gradient: str = "lower_bound", shrink: float | N
 
     >>> import attnx, jax.numpy as jnp
     >>> q, k = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2), jnp.eye(2).reshape(1, 2, 1, 2)
-    >>> attnx.attention_weights(q, k, weights=attnx.weights.collision(3), scale=1.0)
+    >>> attnx.attention_weights(q, k, weights=attnx.weights.collision(3), scale=1.0).round(3)
     Array([[[[1.   , 0.125]]]], dtype=float32)
     """
     checks.check_integer("bits", bits, least=1)
