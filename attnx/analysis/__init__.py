@@ -3,6 +3,7 @@
 from attnx import lazy
 
 _LAZY = {
+    "attention_rank": ("spectrum",),
     "bert_heads": ("coreference_antecedent", "embed_heads", "head_as_parser", "head_distances", "head_entropy", "offset_baseline", "separator_gradient",
                    "surface_statistics", "token_to_word", "uas_by_relation"),
     "bert_probes": ("AttentionProbe", "AttentionWordProbe", "WordDistanceProbe", "distance_features", "probe_maps"),
