@@ -7,6 +7,7 @@ _LAZY = {
                    "surface_statistics", "token_to_word", "uas_by_relation"),
     "bert_probes": ("AttentionProbe", "AttentionWordProbe", "WordDistanceProbe", "distance_features", "probe_maps"),
     "quantization": ("calibrate", "fake_quantize", "max_inf_norm", "quantize_weights", "quantized"),
+    "signed": ("layer_cosine_collapse", "negative_mass"),
     "sinks": ("activation_kurtosis", "sink_rate", "sparsity"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
