@@ -3,7 +3,7 @@ models than transformers, and their tokens collapse less.
 
 Here: (1) of 16 keys with values a question names two, and the difference of their values is asked for: one block (width 32, 600 steps of 64 sequences) with one
 head of Cog, one or two heads of softmax, or one head of weights tanh(s) over the sum of their absolute values; the mean squared error is relative to that of
-always answering zero. (2) A decoder of bytes of four blocks (width 48, four heads, rotary positions) is trained 250 steps on 8 windows of 64 bytes of
+always answering zero. (2) A decoder of bytes of four blocks (width 48, four heads, rotary positions) is trained 200 steps on 8 windows of 64 bytes of
 Python source with softmax throughout, and with Cog in the two blocks in the middle; bits per byte and the cosine of neighbouring tokens after the last block are
 measured on held-out windows.
 The claim holds if one head of Cog has less than half of the error of one head of softmax and at most 1.25 times that of two heads, and the decoder with Cog
@@ -72,7 +72,7 @@ def _language(trial, name):
     attention = [functools.partial(Attention, FEATURES, HEADS, mechanism=mechanism, position=Rotary()) for mechanism in layers]
     params, apply = functional(Tiny(FEATURES, [lambda rngs, make=make: make(rngs=rngs) for make in attention], inputs=text.VOCABULARY, rngs=nnx.Rngs(trial.seed)))
     sample, count = text.sampler(LENGTH, 8), trial.scaled(96, 2)
-    params = fit(text.loss(apply), params, sample, steps=trial.scaled(250), trial=trial, name=f"bytes, {name}")
+    params = fit(text.loss(apply), params, sample, steps=trial.scaled(200), trial=trial, name=f"bytes, {name}")
     states = jax.jit(lambda params, tokens: apply(params, tokens, method="states")[-1])(params, sample(jax.random.key(10_000 + trial.seed))[:, :-1])
     return text.bits(apply, params, LENGTH, count=count).mean(), analysis.layer_cosine_collapse(states).mean()
 
