@@ -4,6 +4,7 @@ from attnx import lazy
 
 _LAZY: dict[str, tuple[str, ...]] = {
     "slim": ("MemoryReport", "SlimAttention", "SlimWeights", "memory_report", "slim_attend", "slim_convert", "slim_from_mha", "x_attend"),
+    "weighted_groups": ("WeightedGQA", "convert_mha_to_gqa", "fold_gqa", "weighted_group_kv"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]
