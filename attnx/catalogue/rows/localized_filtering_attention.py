@@ -1,7 +1,7 @@
 """Localized filtering attention."""
 
+import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from attnx import masks, scores
 from attnx.catalogue.entry import Entry, Example, Input, stream
@@ -16,8 +16,7 @@ def layer(rngs):
 
 def filled(key):
     """Its parameters, with biases that are not zero."""
-    params = parameters(layer)(key)
-    return nnx.State.from_flat_path([(path, x.replace(x[...] + 0.1) if "filter" in path else x) for path, x in nnx.to_flat_state(params)])
+    return jax.tree_util.tree_map_with_path(lambda path, x: x + 0.1 if "filter" in jax.tree_util.keystr(path) else x, parameters(layer)(key))
 
 
 def call(case, x, seen, params):
