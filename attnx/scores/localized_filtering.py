@@ -109,7 +109,7 @@ def localized_filter(x: Float[Array, "B T D"], params: Filter, state: FilterStat
         split = lambda x: x.reshape(batch, length, groups, x.shape[-1] // groups)
         kernel = kernel.reshape(2, kernel.shape[1], groups, kernel.shape[2] // groups).astype(x.dtype)
         taps = (jnp.einsum("btge,ego->btgo", split(x), tap, preferred_element_type=wide) for x, tap in zip((before, x), kernel))
-        return sum(taps).reshape(batch, length, -1) + bias.astype(wide)
+        return sum(taps).reshape(batch, length, len(bias)) + bias.astype(wide)
 
     c = convolve(x, params.first, params.first_bias, state.token).astype(x.dtype)
     u = convolve(c, params.second, params.second_bias, state.hidden) + x.astype(wide)

@@ -2,9 +2,9 @@
 at the same perplexity as without it attention needs 16 to 47 times less memory, at lengths of 512 to 2048.
 
 Here: four variables are assigned again and again and asked for (32 events, 96 tokens). Decoders of two layers (width 64, four heads, rotary positions) are
-trained 500 steps on 16 sequences with selective and with plain attention. On fresh sequences: the loss; how well the penalties of the last query, added over
+trained 400 steps on 16 sequences with selective and with plain attention. On fresh sequences: the loss; how well the penalties of the last query, added over
 layers, tell the values of superseded assignments from live ones (area under the curve; 0.5 is chance); accuracy with all keys, and when caches hold 24.
-Selective attention then evicts the key that most is held against; the plain model evicts at random, or the oldest. Besides, both are trained 250 steps on
+Selective attention then evicts the key that most is held against; the plain model evicts at random, or the oldest. Besides, both are trained 150 steps on
 windows of 128 bytes of Python source.
 The claim holds if selective attention has the lower loss, the area is above 0.9, it loses at most two points by pruning and less than the plain model does
 either way, and bits per byte are no more than with plain attention.
@@ -91,7 +91,7 @@ def run(trial: Trial):
     for index, (name, attention) in enumerate(ARMS.items()):
         part = trial.part(index / 2, index / 2 + 0.3)
         params, apply = _model(attention, assignments.VOCABULARY, trial.seed)
-        params = fit(lambda params, batch, key, apply=apply: assignments.loss(apply(params, batch.tokens), batch), params, sample, steps=trial.scaled(500), trial=part,
+        params = fit(lambda params, batch, key, apply=apply: assignments.loss(apply(params, batch.tokens), batch), params, sample, steps=trial.scaled(400), trial=part,
                      name=f"{name}, assignments")
         logits = jax.jit(apply)(params, held.tokens)
         measured |= {f"{name} loss": assignments.loss(logits, held), f"{name} accuracy": assignments.accuracy(logits, held)}
@@ -107,7 +107,7 @@ def run(trial: Trial):
                 evicted[f"plain {eviction}"] = jax.jit(other)(params, held.tokens)
         measured |= {name: assignments.accuracy(logits, held) for name, logits in evicted.items()}
         params, apply = _model(attention, text.VOCABULARY, trial.seed)
-        params = fit(text.loss(apply), params, text.sampler(LENGTH, 8), steps=trial.scaled(250), trial=trial.part(index / 2 + 0.3, index / 2 + 0.5), name=f"{name}, text")
+        params = fit(text.loss(apply), params, text.sampler(LENGTH, 8), steps=trial.scaled(150), trial=trial.part(index / 2 + 0.3, index / 2 + 0.5), name=f"{name}, text")
         measured[f"{name} bits"] = text.bits(apply, params, LENGTH, count=trial.scaled(96, 2)).mean()
     return measured
 

@@ -133,13 +133,20 @@ def test_layers():
             arrays, options["alignment_bias"] = [*arrays, layer.alignment[...]], layer.alignment_bias[...]
         function = {1: scores.optimised_attention, 0: scores.efficient_attention}[layer.key is not None]
         function = scores.super_attention if isinstance(layer, scores.SuperAttention) else function
-        np.testing.assert_allclose(layer(x), function(x, x, x, *arrays, **options), atol=1e-5)
-        layer.position = Rotary()
-        state, outs = layer.init_state(B, T), []
-        for piece in jnp.split(x, [1, 2, 5], axis=1):
-            state, out = layer.step(state, piece)
-            outs.append(out)
-        np.testing.assert_allclose(jnp.concatenate(outs, axis=1), layer(x), atol=1e-5)
+
+        @nnx.jit
+        def run(layer):
+            outs = [layer(x), function(x, x, x, *arrays, **options)]
+            layer.position = Rotary()
+            state, pieces = layer.init_state(B, T), []
+            for piece in jnp.split(x, [1, 5], axis=1):
+                state, out = layer.step(state, piece)
+                pieces.append(out)
+            return *outs, layer(x), jnp.concatenate(pieces, axis=1)
+
+        outs = run(layer)
+        np.testing.assert_allclose(outs[0], outs[1], atol=1e-5)
+        np.testing.assert_allclose(outs[2], outs[3], atol=1e-5)
 
 
 def test_cross_attention():
@@ -147,10 +154,14 @@ def test_cross_attention():
     x, context = normal(B, T, D, dtype=jnp.float32), normal(B, S, D, seed=9, dtype=jnp.float32)
     positions = jnp.array([0, 1, 2, -1, -1], jnp.int32)
     for layer in layers():
-        whole = layer(x, context, context_positions=positions)
-        np.testing.assert_allclose(layer(x, context[:, :3]), whole, atol=1e-6)
-        state = layer.init_state(B, T, context=context, context_positions=positions)
-        np.testing.assert_allclose(layer.step(state, x)[1], whole, atol=1e-6)
+        @nnx.jit
+        def run(layer):
+            state = layer.init_state(B, T, context=context, context_positions=positions)
+            return layer(x, context, context_positions=positions), layer(x, context[:, :3]), layer.step(state, x)[1]
+
+        whole, *others = run(layer)
+        for other in others:
+            np.testing.assert_allclose(other, whole, atol=1e-6)
     with pytest.raises(ValueError, match="is_causal: expected True"):
         layer.init_state(B, T)
 

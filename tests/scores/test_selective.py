@@ -21,6 +21,9 @@ def inputs(dtype=jnp.float64, seed=0, kv_heads=2):
     return agreement.arrays(dtype, batch=2, queries=T, keys=T, heads=N, kv_heads=kv_heads, size=8, value_size=6, seed=seed)[:3]
 
 
+attend = jax.jit(scores.selective_attention, static_argnames=("head", "block_size", "return_selection", "tau"))
+
+
 def penalties(s0, bos=0):
     """[B, T, T], written out."""
     s0, penalty = np.asarray(s0), np.zeros(s0.shape)
@@ -63,7 +66,7 @@ def test_no_opinion(x64):
     query, key, value = inputs()
     key = jnp.abs(key)
     query = query.at[:, :, 0].set(-jnp.abs(query[:, :, 0]))
-    np.testing.assert_allclose(scores.selective_attention(query, key, value), attnx.attention(query, key, value, mask=masks.causal()), atol=1e-12)
+    np.testing.assert_allclose(attend(query, key, value), attnx.attention(query, key, value, mask=masks.causal()), atol=1e-12)
 
 
 def test_peer():
@@ -87,18 +90,18 @@ def test_documents_and_padding(x64):
     args = inputs()
     ids = jnp.broadcast_to(jnp.arange(T) >= 6, (2, T)).astype(jnp.int32)
     positions = jnp.where(jnp.arange(T) < 6, -1, jnp.arange(T) - 6)
-    second = scores.selective_attention(*(x[:, 6:] for x in args))
+    second = attend(*(x[:, 6:] for x in args))
     for options in (dict(segment_ids=ids), dict(query_positions=positions, key_positions=positions)):
-        np.testing.assert_allclose(scores.selective_attention(*args, block_size=4, **options)[:, 6:], second, atol=1e-12)
+        np.testing.assert_allclose(attend(*args, block_size=4, **options)[:, 6:], second, atol=1e-12)
 
 
 def test_continued(x64):
     """A sequence in two calls: what was held against keys is handed on."""
     query, key, value = inputs()
-    whole, all_of_it = scores.selective_attention(query, key, value, return_selection=True)
-    first, found = scores.selective_attention(query[:, :5], key[:, :5], value[:, :5], return_selection=True)
+    whole, all_of_it = attend(query, key, value, return_selection=True)
+    first, found = attend(query[:, :5], key[:, :5], value[:, :5], return_selection=True)
     known = jnp.pad(found.penalty, ((0, 0), (0, T - 5)))
-    second, after = scores.selective_attention(query[:, 5:], key, value, penalty=known, return_selection=True)
+    second, after = attend(query[:, 5:], key, value, penalty=known, return_selection=True)
     agreement.assert_agree([jnp.concatenate([first, second], 1), after.penalty, after.memory], [whole, all_of_it.penalty, all_of_it.memory[:, 5:]], 1e-12)
 
 
@@ -137,7 +140,7 @@ def stream(mechanism, query, key, value, pieces):
 def test_pruning(x64):
     """A cache of K keys is what lists make of it, in steps and prefills; one as long as the sequence forgets nothing."""
     args = inputs()
-    np.testing.assert_allclose(stream(scores.SelectiveMechanism(budget=T), *args, [5, 1, 7])[0], scores.selective_attention(*args), atol=1e-12)
+    np.testing.assert_allclose(stream(scores.SelectiveMechanism(budget=T), *args, [5, 1, 7])[0], attend(*args), atol=1e-12)
     out, counts, state = stream(scores.SelectiveMechanism(budget=4), *args, [6, 1, 6])
     np.testing.assert_allclose(out, pruned(*args, 4), atol=1e-12)
     assert (counts == 4).all() and state.key.shape[1] == 4
@@ -146,16 +149,16 @@ def test_pruning(x64):
 def test_eviction():
     """Those go that most is held against, the oldest among equals; a key with 1e4 against it is not missed."""
     mechanism = scores.SelectiveMechanism()
+    step = jax.jit(mechanism.step)
     query, key, value = inputs(jnp.float32)
-    state = mechanism.init(2, T, 2, 8, 6, jnp.float32)
-    state, _ = mechanism.step(state, query[:, :8], key[:, :8], value[:, :8])
+    state, _ = step(mechanism.init(2, T, 2, 8, 6, jnp.float32), query[:, :8], key[:, :8], value[:, :8])
     equal = state._replace(penalty=0 * state.penalty)
     assert scores.prune_cache(equal, 3).positions[0].tolist() == [-1] * 5 + [5, 6, 7] + [-1] * 5
     assert (scores.prune_cache(state, jnp.int32(8)).positions == state.positions).all()
     state = state._replace(penalty=state.penalty.at[:, 2].set(1e4))
     without = scores.prune_cache(state, 7)
     assert (without.positions[:, 2] == -1).all() and ((without.positions >= 0).sum(1) == 7).all()
-    after = [mechanism.step(s, query[:, 8:9], key[:, 8:9], value[:, 8:9])[1] for s in (state, without)]
+    after = [step(s, query[:, 8:9], key[:, 8:9], value[:, 8:9])[1] for s in (state, without)]
     np.testing.assert_allclose(*after, atol=1e-6)
 
 
@@ -172,7 +175,7 @@ def test_memory():
     assert scores.memory_loss(jnp.full((T, T), 3.0), tau=2.0) == 0
     query, key, value = inputs(jnp.float32)
     penalty = scores.selection_penalty(oracles.dot_products(query, key)[:, 0])
-    found = scores.selective_attention(query, key, value, tau=0.7, block_size=4, return_selection=True)[1]
+    found = attend(query, key, value, tau=0.7, block_size=4, return_selection=True)[1]
     np.testing.assert_allclose(found.memory.max(-1), scores.memory_loss(penalty, tau=0.7), rtol=1e-5)
     layer = scores.SelectiveAttention(16, 4, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
@@ -194,12 +197,15 @@ def test_layer():
     """Prefill and steps find what the call finds, with and without a budget that is enough; no parameters are added."""
     for options in ({}, dict(budget=9)):
         layer = scores.SelectiveAttention(16, 4, num_kv_heads=2, rngs=nnx.Rngs(0), **options)
-        x = 2 * jax.random.normal(jax.random.key(0), (2, 9, 16))
-        state = layer.init_state(2, 9)
-        assert isinstance(state, SelfState)
-        state, first = layer.step(state, x[:, :6])
-        state, last = layer.step(state, x[:, 6:])
-        np.testing.assert_allclose(jnp.concatenate([first, last], axis=1), layer(x), atol=2e-6)
+
+        @nnx.jit
+        def both(layer, x):
+            state = layer.init_state(2, 9)
+            assert isinstance(state, SelfState)
+            state, first = layer.step(state, x[:, :6])
+            return jnp.concatenate([first, layer.step(state, x[:, 6:])[1]], axis=1), layer(x)
+
+        np.testing.assert_allclose(*both(layer, 2 * jax.random.normal(jax.random.key(0), (2, 9, 16))), atol=2e-6)
     plain = attnx.nn.Attention(16, 4, num_kv_heads=2, mechanism=attnx.pairs(), rngs=nnx.Rngs(0))
     assert jax.tree.map(jnp.shape, nnx.state(plain)) == jax.tree.map(jnp.shape, nnx.state(layer))
 

@@ -34,7 +34,7 @@ def aligned(case, x, context, query_kernel, out_kernel, alignment, alignment_bia
 def layer(rngs):
     """Causal super attention."""
     made = scores.SuperAttention(16, 4, length=LONGEST, is_causal=True, alignment_bias=True, rngs=rngs)
-    made.alignment[...] += 0.1 * jax.random.normal(rngs.params(), made.alignment.shape)
+    made.alignment[...] += 0.1 * jax.random.normal(rngs.params(), made.alignment.shape, made.alignment.dtype)
     return made
 
 
@@ -51,7 +51,7 @@ def fraction(axes):
 
 INPUTS = {"x": "btd", "context": "bsd", "query_kernel": fraction("dnh"), "out_kernel": fraction("nhe"), "seen": SEEN}
 SIZES = {"h": 4, "e": 16, "l": LONGEST, "m": LONGEST}
-ENGINE = ("reference", "blockwise", "pallas", "ring")
+ENGINE = ("reference", "blockwise", "pallas", "ring")  # the same for all three; tried in full with the first
 
 
 def causal_layer(features, num_heads, *, length, rngs):
@@ -69,9 +69,9 @@ super      efficient, with W_A x_v,(h) in place of x_v,(h)""",
     claim="Three quarters of the weights do as well as all, half of them nearly so, and with a learned map of the values along the sequence better.",
     examples=(Example(optimised, INPUTS | {"key_kernel": fraction("dnh")}, "bte", PATTERNS, ENGINE, "seen",
                       sizes=SIZES, name="optimised"),
-              Example(efficient, INPUTS, "bte", PATTERNS, ENGINE, "seen", sizes=SIZES, name="efficient"),
+              Example(efficient, INPUTS, "bte", PATTERNS, ENGINE[:2], "seen", sizes=SIZES, name="efficient"),
               Example(streamed, {"x": "btd", "params": parameters(layer)}, "btd", ("causal self",), ("reference", "step"), name="super, causal"),
-              Example(aligned, INPUTS | {"alignment": fraction("nlm"), "alignment_bias": "l"}, "bte", PATTERNS, ENGINE, "seen",
+              Example(aligned, INPUTS | {"alignment": fraction("nlm"), "alignment_bias": "l"}, "bte", PATTERNS, ENGINE[:2], "seen",
                       sizes=SIZES, name="super")),
     notes="Exact for one head only, where a merged matrix can be what two were. Super attention is for sequences up to a length known beforehand; in causal use its map "
           "is lower triangular here, as a dense one would tell of the future.",
