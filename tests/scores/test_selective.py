@@ -1,6 +1,7 @@
 """Selective attention: the penalties, an oracle, caches that forget, what memory costs, and how budgets are shared out."""
 
 import importlib.util
+import sys
 
 import agreement
 import jax
@@ -69,7 +70,7 @@ def test_no_opinion(x64):
     np.testing.assert_allclose(attend(query, key, value), attnx.attention(query, key, value, mask=masks.causal()), atol=1e-12)
 
 
-def test_peer():
+def test_peer(monkeypatch):
     """The scores of x-transformers."""
     found = importlib.util.find_spec("x_transformers")
     torch = pytest.importorskip("torch")
@@ -77,6 +78,7 @@ def test_peer():
         pytest.skip("x_transformers is not installed")
     spec = importlib.util.spec_from_file_location("peer", found.submodule_search_locations[0] + "/attend.py")
     peer = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "peer", peer)
     spec.loader.exec_module(peer)
     s = np.array(jax.random.normal(jax.random.key(0), (2, N, T, T)))
     visible = np.tril(np.ones((T, T), bool))
