@@ -230,7 +230,7 @@ class Attention(nnx.Module):
         key, value = self._heads(self.key, context, "kv_heads"), self._heads(self.value, context, "kv_heads")
         return key if self.key_norm is None else self.key_norm(key), value
 
-    def _projected(self, x, context, positions, context_positions, segment_ids):
+    def _projected(self, x, context, positions, context_positions, segment_ids) -> tuple[Array, Array, Array]:
         """Queries, keys and values of a call, which may depend on where tokens are."""
         del positions, context_positions, segment_ids
         return self._query(x), *self._key_value(context)

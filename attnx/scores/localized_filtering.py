@@ -90,7 +90,7 @@ def localized_filter(x: Float[Array, "B T D"], params: Filter, state: FilterStat
     batch, length, features = x.shape
     hidden = len(params.first_bias)
     groups = features // max(params.first.shape[1], 1)
-    expected = Filter((2, features // max(groups, 1), hidden), (hidden,), (2, hidden // max(groups, 1), features), (features,), (features,))
+    expected = (2, features // max(groups, 1), hidden), (hidden,), (2, hidden // max(groups, 1), features), (features,), (features,)
     for name, array, shape in zip(Filter._fields, params, expected):
         if array.shape != shape:
             raise ValueError(f"params.{name}: expected shape {list(shape)} for x {checks.describe(x)} and {groups} groups of channels, got {checks.describe(array)}")
@@ -129,7 +129,8 @@ def yuan_heads(query: Float[Array, "B T N H"], key: Float[Array, "B T N H"]) -> 
     """
     *lead, heads, size = query.shape
     joined = jnp.concatenate([query.reshape(*lead, -1), key.reshape(*lead, -1)], axis=-1)
-    return tuple(jnp.split(joined.reshape(*lead, heads, 2 * size), 2, axis=-1))
+    first, second = jnp.split(joined.reshape(*lead, heads, 2 * size), 2, axis=-1)
+    return first, second
 
 
 class FilteredState(NamedTuple):
@@ -177,7 +178,8 @@ class LocalizedFilteringAttention(Attention):
             hidden, init = features // 2, nnx.initializers.lecun_normal()
             made = Filter(init(rngs.params(), (2, features // groups, hidden), param_dtype), jnp.zeros(hidden, param_dtype),
                           init(rngs.params(), (2, hidden // groups, features), param_dtype), jnp.zeros(features, param_dtype), jnp.ones(features, param_dtype))
-            self.filter = nnx.data(Filter(*map(nnx.Param, made)))
+            trained: Any = map(nnx.Param, made)
+            self.filter = nnx.data(Filter(*trained))
 
     def _params(self):
         return Filter(*(param[...] for param in self.filter))
