@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import checks, operations, reference
 from attnx.core.attention import IMPLEMENTATIONS, no_tiles, prepare, sink_of, with_sink
@@ -151,6 +151,27 @@ def attention_weights(query: Float[Array, "B T N H"], key: Float[Array, "B S K H
     return _weights(program, data, sink_of(program, weights))
 
 
+def attention_scores(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], **parts) -> tuple[Float[Array, "B N T S"], Bool[Array, "B N T S"]]:
+    """The scores themselves and which pairs are allowed, for mechanisms that change whole rows of scores; :func:`attend_scores` goes on from there.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      **parts: scores, mask, scale, query_positions, key_positions as in :func:`attnx.attention`.
+
+    Returns:
+      ``(scores, allowed)``: [B, N, T, S] in float32 (float64 for float64), whatever the mask says of a pair, and booleans of that shape. Materialised: O(T S) memory.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> x = jnp.eye(2)[None, :, None]
+    >>> s, allowed = attnx.attention_scores(x, x, mask=attnx.masks.causal(), scale=1.0)
+    >>> s[0, 0].tolist(), allowed[0, 0].tolist()
+    ([[1.0, 0.0], [0.0, 1.0]], [[True, False], [True, True]])
+    """
+    _, program, data = prepare(query, key, None, **parts)
+    return _scores(program, data)
+
+
 def attend_scores(scores: Float[Array, "... T S"], value: Float[Array, "... S Hv"], *, mask: Array | None = None,
                   weights: Weights = Softmax(), return_weights: bool = False):
     """Attention from given scores: pooling, additive attention, steering.
@@ -253,6 +274,12 @@ def _reference_apply(program: Program, data: Data, rows):
 @partial(jax.jit, static_argnums=0)
 def _blockwise_apply(executor: Blockwise, data: Data, rows):
     return operations.apply(executor, data, rows)
+
+
+@partial(jax.jit, static_argnums=0)
+def _scores(program: Program, data: Data):
+    b, k, g, t, _ = data.query.shape
+    return tuple(x.reshape(b, k * g, t, x.shape[-1]) for x in reference.scores(program, data))
 
 
 @partial(jax.jit, static_argnums=0)
