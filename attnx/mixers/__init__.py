@@ -9,7 +9,7 @@ _LAZY: dict[str, tuple[str, ...]] = {
                    "extractor_we"),
     "fftnet": ("FFTNetBlock", "FFTNetClassifier", "FFTNetMixer", "modrelu", "resize_filter", "spectral_mix"),
     "mega": ("EMA", "MegaLayer", "NormalizedFFN", "gated_attention", "multihead_ema", "rotary_table"),
-    "sentence_ff": ("CausalSentenceFF", "CrossSentenceFF", "HeadwiseFF", "SentenceFF", "SentenceState", "hidden_size"),
+    "sentence_ff": ("CausalSentenceFF", "CrossSentenceFF", "CrossSentenceState", "HeadwiseFF", "SentenceFF", "SentenceState", "hidden_size"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = [name for names in _LAZY.values() for name in names]

@@ -135,7 +135,7 @@ def causal_reduce_step(state: CausalReduceState, x: Float[Array, "B t D"], mode:
     _check(x, mode, first)
     before = jnp.where(state.count > 0, state.previous.astype(x.dtype), x[:, 0] if first == "self" else 0)
     earlier = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
-    count = state.count + 1 + jnp.arange(x.shape[1])
+    count = state.count + 1 + jnp.arange(x.shape[1], dtype=jnp.int32)
     wide, context, memory = x.astype(state.memory.dtype), None, state.memory
     if _context(mode) == "running_min":
         context = jnp.minimum(state.memory[:, None], jax.lax.cummin(wide, axis=1))

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import checks
 from attnx.nn.common import check_sequence, refuse
@@ -206,6 +206,15 @@ def _empty(network, batch, dtype):
     return SentenceState(jnp.zeros((), jnp.int32), jnp.zeros((batch, network.expand.kernel.shape[1]), wide), jnp.zeros((batch, 2), wide))
 
 
+class CrossSentenceState(NamedTuple):
+    """What a network remembers of a context: the position of the next token, the context's share of the sums as in :class:`SentenceState`, and whether it has a token."""
+
+    position: Int[Array, ""]
+    total: Float[Array, "B hidden"]
+    moments: Float[Array, "B 2"]
+    real: Bool[Array, " B"]
+
+
 class CrossSentenceFF(nnx.Module):
     """F from a token and the sentence that it attends to, to the token's output, for a decoder's attention to an encoder. Called like :class:`attnx.nn.Attention`.
 
@@ -230,9 +239,9 @@ class CrossSentenceFF(nnx.Module):
         """[B, T, D] to [B, T, outputs]; outputs are zero where x or the whole context is padding (positions of -1)."""
         check_sequence("x", x, self.features)
         _refuse(hooks=hooks)
-        real = jnp.ones((1, x.shape[1]), bool) if positions is None else jnp.broadcast_to(positions >= 0, x.shape[:2])
-        if context_positions is not None:
-            real &= (jnp.broadcast_to(context_positions, context.shape[:2]) >= 0).any(axis=1, keepdims=True)
+        real = self._real(context, context_positions)[:, None]
+        if positions is not None:
+            real &= jnp.broadcast_to(positions >= 0, x.shape[:2])
         if self.implementation == "reference":
             placed = self._placed(context, context_positions)
             out = self.network(jnp.concatenate([x[:, :, None], jnp.broadcast_to(placed[:, None], (*x.shape[:2], *placed.shape[1:]))], axis=2))
@@ -241,15 +250,21 @@ class CrossSentenceFF(nnx.Module):
         return jnp.where(real[..., None], out, 0)
 
     def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S D"], context_positions: Int[Array, "*B S"] | None = None, dtype=None
-                   ) -> SentenceState:
+                   ) -> CrossSentenceState:
         """The context's share of the sums, made once."""
-        return SentenceState(jnp.zeros((), jnp.int32), *self._sums(context, context_positions))
+        return CrossSentenceState(jnp.zeros((), jnp.int32), *self._sums(context, context_positions), self._real(context, context_positions))
 
-    def step(self, state: SentenceState, x: Float[Array, "B t D"], *, hooks=None, layer=0) -> tuple[SentenceState, Float[Array, "B t E"]]:
+    def step(self, state: CrossSentenceState, x: Float[Array, "B t D"], *, hooks=None, layer=0) -> tuple[CrossSentenceState, Float[Array, "B t E"]]:
         """The next t tokens: ``(state, [B, t, outputs])``."""
         check_sequence("x", x, self.features)
         _refuse(hooks=hooks)
-        return state._replace(position=state.position + x.shape[1]), self._read(state[1:], x)
+        out = self._read((state.total, state.moments), x)
+        return state._replace(position=state.position + x.shape[1]), jnp.where(state.real[:, None, None], out, 0)
+
+    def _real(self, context, context_positions):
+        """Which contexts hold a token, [B]."""
+        places = jnp.zeros(context.shape[:2], jnp.int32) if context_positions is None else jnp.broadcast_to(context_positions, context.shape[:2])
+        return (places >= 0).any(axis=1)
 
     def _placed(self, context, context_positions):
         check_sequence("context", context, self.features)

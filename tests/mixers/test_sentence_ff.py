@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_modules import randomly
 
 from attnx import masks, mixers, pairs
 from attnx.models import EncoderDecoder, TransformerConfig
-from attnx.nn import unstack
+from attnx.nn import MLP, Attention, Layers, TransformerBlock, unstack
 
 B, T, S, L, D, H = 2, 5, 6, 7, 4, 3
 X, CONTEXT = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (B, S, D))
@@ -17,10 +18,8 @@ call = nnx.jit(lambda network, *args, **inputs: network(*args, **inputs))
 
 
 def made(kind, **options):
-    """A network whose parameters are all away from their first values."""
-    graph, params = nnx.split(kind(L, D, H, rngs=nnx.Rngs(0), **options))
-    leaves, structure = jax.tree.flatten(params)
-    return nnx.merge(graph, jax.tree.unflatten(structure, [0.5 * jax.random.normal(key, x.shape) for key, x in zip(jax.random.split(jax.random.key(2), 99), leaves)]))
+    """A network with random parameters."""
+    return randomly(lambda: kind(L, D, H, rngs=nnx.Rngs(0), **options))
 
 
 def written_out(network, u):
@@ -106,8 +105,9 @@ def model():
     """A small translator whose layers can be changed."""
     config = TransformerConfig(vocab_size=VOCABULARY, features=D, num_heads=2, num_layers=2, hidden_features=8, position=None, position_embedding="sinusoidal")
     everything = pairs(implementation="reference")
-    return unstack(EncoderDecoder(config, pairs(mask=masks.causal(), implementation="reference"), encoder_mechanism=everything, cross_mechanism=everything,
-                                  rngs=nnx.Rngs(0)))
+    make = lambda: EncoderDecoder(config, pairs(mask=masks.causal(), implementation="reference"), encoder_mechanism=everything, cross_mechanism=everything,
+                                  rngs=nnx.Rngs(0))
+    return unstack(randomly(make))
 
 
 run = nnx.jit(lambda model: model(SOURCE, GIVEN, source_positions=PLACES))
@@ -173,34 +173,34 @@ def test_recording(model, half, level, cross):
 @pytest.mark.parametrize("level", ["ALR", "ALRR", "ALSR", "ELR"])
 def test_students_of_the_encoder(level):
     """Each level's network learns, takes its place, and does there what it learned: the loss of the swapped part is that of the distillation."""
-    config = TransformerConfig(vocab_size=VOCABULARY, features=D, num_heads=2, num_layers=1, hidden_features=8, position=None, position_embedding="sinusoidal")
-    everything = pairs(implementation="reference")
-    model = unstack(EncoderDecoder(config, pairs(mask=masks.causal(), implementation="reference"), encoder_mechanism=everything, cross_mechanism=everything,
-                                   rngs=nnx.Rngs(0)))
-    layers = model.encoder.layers
-    record = lambda level: nnx.jit(lambda model: mixers.extract_io(model.encoder.layers, lambda: model.encoder(SOURCE, PLACES), level=level))(model)[1][0]
-    data = record(level)
-    network = lambda seed, outputs=None: mixers.SentenceFF(S, D, 8, outputs, rngs=nnx.Rngs(seed))
+    attention = lambda: Attention(D, 2, mechanism=pairs(implementation="reference"), rngs=nnx.Rngs(0))
+    layers = randomly(lambda: Layers([TransformerBlock(D, attention=attention(), mlp=MLP(D, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))]))
+    x = jax.random.normal(jax.random.key(5), (B, S, D))
+    _, (data,) = nnx.jit(lambda layers: mixers.extract_io(layers, lambda: layers(x, positions=PLACES), level=level))(layers)
+    network = lambda seed, outputs=None: randomly(lambda: mixers.SentenceFF(S, D, 8, outputs, rngs=nnx.Rngs(0)), seed=seed)
     student = mixers.HeadwiseFF([network(0, 2), network(1, 2)]) if level == "ALSR" else network(0)
     losses = mixers.distill_attention(student, data, steps=150, batch_size=4, learning_rate=1e-2, key=jax.random.key(0))
     assert losses[-1] < losses[0] / 5
-    out = student(data.inputs, positions=data.positions)
-    reached = mixers.distillation_loss(out, data.outputs, data.positions)
-    mixers.swap(layers, 0, student, level=level)
-    expected = out
-    if level == "ALSR":
-        expected = layers.blocks[0].attention.attention.out(out)
-    swapped = layers.blocks[0] if level == "ELR" else layers.blocks[0].attend if level == "ALRR" else layers.blocks[0].attention
-    np.testing.assert_allclose(swapped(data.inputs, positions=data.positions), expected.reshape(B, S, D), atol=1e-5)
-    assert 0 < reached < losses[0]
-    assert model.encoder(SOURCE, PLACES).shape == (B, S, D)
+    old = mixers.swap(layers, 0, student, level=level)
+
+    @nnx.jit
+    def both(layers, student):
+        block = layers.blocks[0]
+        own = student(data.inputs, positions=data.positions)
+        swapped = {"ELR": block, "ALRR": getattr(block, "attend", None)}.get(level) or block.attention
+        return own, swapped(data.inputs, positions=data.positions), old.out(own) if level == "ALSR" else own, layers(x, positions=PLACES)
+
+    own, swapped, expected, out = both(layers, student)
+    np.testing.assert_allclose(swapped, expected, atol=1e-5)
+    assert 0 < mixers.distillation_loss(own, data.outputs, data.positions) < losses[0] / 5 and out.shape == (B, S, D)
 
 
 def test_students_of_the_decoder(model):
     """Networks for a decoder's attention decode token by token as they do all at once."""
     layers = model.decoder.layers
     put = lambda layer, student, cross: mixers.swap(layers, layer, student, cross=cross)
-    before = put(0, mixers.CausalSentenceFF(T, D, H, rngs=nnx.Rngs(0)), False), put(1, mixers.CrossSentenceFF(S, D, H, rngs=nnx.Rngs(1)), True)
+    students = (randomly(lambda kind=kind, n=n: kind(n, D, H, rngs=nnx.Rngs(0))) for kind, n in ((mixers.CausalSentenceFF, T), (mixers.CrossSentenceFF, S)))
+    before = put(0, next(students), False), put(1, next(students), True)
 
     @nnx.jit
     def stream(model):
