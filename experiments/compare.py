@@ -14,15 +14,20 @@ from rich.console import Console
 from attnx import training
 from attnx.cli import UsageError
 from experiments.comparison import draw, printable, table
-from experiments.mechanisms import MECHANISMS
+from experiments.evidence import Trial
+from experiments.fit import accuracy, cross_entropy, fit
+from experiments.mechanisms import ALL_CAUSAL, MECHANISMS, expand
 from experiments.ngrams import ngram_bits
 from experiments.options import parse
 from experiments.progress import Meter
 from experiments.run import Recipe, Run, claim
+from experiments.tasks import recall
 
 LONGER = 4  # times the training length, at which models are evaluated too
 _ORDERS = (1, 2, 3)  # of the n-gram baselines
 _OVERHEAD = 0.25  # what compiling and evaluating cost, in the training of a mechanism
+_PAIRS = 8  # to be recalled
+_RECALL_COST = 2.0  # of an update of recall, in updates of text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +35,19 @@ class Options(Recipe):
     """Trains a small decoder of bytes on real text with each of several attention mechanisms, under the same budget: same sizes, initial
     seed, batches and number of steps. Whole files are held out; on them it measures bits per byte, with n-gram models for comparison.
 
-    Ends with a table, a figure, checkpoints (for `attnx generate`) and a sample of each model. Stopped and called again, it goes on
+    Ends with a table, best first, a figure, checkpoints (for `attnx generate`) and a sample of each model. Stopped and called again, it goes on
     where it was.
     """
 
-    mechanisms: tuple[str, ...] = tuple(MECHANISMS)
-    """Mechanisms to compare, by name; module:function names your own, a function (length, heads)."""
+    attention: tuple[str, ...] = tuple(MECHANISMS)
+    """Mechanisms to compare, by name: those of the default, ids of papers (`attnx list`), all-causal for all of both, or module:function for your own, a
+    function (length, heads)."""
     out: Path = Path("runs/compare")
     """Folder of the results."""
     windows: int = 8
     """Windows of four times the training length to evaluate in each held-out file."""
+    recall_steps: int | None = None
+    """Updates of a second model of each kind, which learns to recall the values of keys; none by default, 1000 with all-causal."""
     smoke: bool = False
     """The same in seconds, with models too small and too little trained to mean anything; in runs/smoke unless --out says otherwise."""
 
@@ -52,19 +60,25 @@ def main(program: str, arguments: Sequence[str]) -> int:
 
 
 def _settle(options: Options) -> Options:
-    if not options.mechanisms or len(set(options.mechanisms)) < len(options.mechanisms):
-        raise UsageError(f"--mechanisms: expected one or more different names, got {' '.join(options.mechanisms) or 'none'}")
+    names = expand(options.attention)
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--attention: expected one or more different names, got {' '.join(options.attention) or 'none'}")
+    recall = options.recall_steps if options.recall_steps is not None else 1000 if ALL_CAUSAL in options.attention else 0
+    if recall < 0:
+        raise UsageError(f"--recall-steps: expected 0 or more, got {recall}")
+    options = dataclasses.replace(options, attention=names, recall_steps=recall)
     if not options.smoke:
         return options
     out = Path("runs/smoke") if options.out == Options.out else options.out
-    return dataclasses.replace(options, features=32, layers=2, heads=2, length=32, steps=40, save_every=20, windows=1, out=out)
+    return dataclasses.replace(options, features=32, layers=2, heads=2, length=32, steps=40, save_every=20, windows=1, out=out,
+                               recall_steps=min(recall, 5))
 
 
 def compare(options: Options, console: Console) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what it also writes to ``compare.json``."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "mechanisms", "smoke")}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "attention", "smoke")}
     recipe = Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
-    runs = [Run(options.out / _folder(name), name, recipe) for name in options.mechanisms]
+    runs = [Run(options.out / _folder(name), name, recipe) for name in options.attention]
     train, held = training.read(options.data).split()
     spans = training.spans(held, LONGER * options.length, options.windows)
     if not spans.valid.all(axis=1).any():
@@ -74,9 +88,12 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
                   f"{spans.valid.sum() / 1e3:.0f} kB are predicted.", highlight=False)
     ngrams = [{"order": order, **_per_file(bits[spans.positions], spans)}
               for order, bits in enumerate(ngram_bits(train, held, max(_ORDERS))) if order in _ORDERS]
-    work = options.steps * (1 + _OVERHEAD)
-    with Meter(work * len(options.mechanisms), console) as meter:
-        results = [_measure(run, train, spans, meter, index * work, console) for index, run in enumerate(runs)]
+    work, recall = options.steps * (1 + _OVERHEAD), (options.recall_steps or 0) * _RECALL_COST
+    with Meter((work + recall) * len(runs), console) as meter:
+        results = [_measure(run, train, spans, meter, index * (work + recall), console) for index, run in enumerate(runs)]
+        if recall:
+            for index, (run, result) in enumerate(zip(runs, results)):
+                result["recall"] = _recall(run, options.recall_steps, meter, index * (work + recall) + work)
     summary = {"text": {"training_files": len(train.names), "training_bytes": len(train.tokens), "held_out_files": len(held.names),
                         "predicted_bytes": int(spans.valid.sum())},
                "options": json.loads(json.dumps(given)), "ngrams": ngrams, "mechanisms": results}
@@ -87,7 +104,7 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
         console.rule(result["mechanism"], style="dim")
         console.print(f"[dim]{printable(result['prompt'])}[/]{printable(result['sample'])}", highlight=False)
     console.print(table(summary))
-    console.print(f"Figure, numbers and checkpoints are in {options.out}; try: attnx generate {options.out / _folder(options.mechanisms[0])}",
+    console.print(f"Figure, numbers and checkpoints are in {options.out}; try: attnx generate {options.out / _folder(options.attention[0])}",
                   highlight=False)
     return summary
 
@@ -125,11 +142,31 @@ def _measure(run: Run, train: training.Corpus, spans: training.Spans, meter: Met
               "state_bytes": run.model.state_bytes(LONGER * run.recipe.length),
               "parameters": sum(x.size for x in jax.tree.leaves(params)),
               "prompt": prompt.decode(errors="replace"), "sample": sample.decode(errors="replace")}
+    _write(file, result)
+    meter.at(before + steps * (1 + _OVERHEAD), f"{run.name}: done")
+    return result
+
+
+def _recall(run: Run, steps: int, meter: Meter, before: float) -> float:
+    """The share of values that a model recalls which was trained to."""
+    file = run.folder / "recall.json"
+    if file.exists():
+        meter.skip(before + steps * _RECALL_COST)
+        return json.loads(file.read_text())["accuracy"]
+    logits = lambda params, tokens: recall.answers(run.model.decoder(params)(tokens[:, :-1]))
+    trial = Trial(run.recipe.seed, report=lambda share, text: meter.at(before + share * steps * _RECALL_COST, text))
+    params = fit(lambda params, tokens, key: cross_entropy(logits(params, tokens), recall.answers(tokens[:, 1:])), run.model.init(),
+                 recall.sampler(_PAIRS, 32), steps=steps, trial=trial, name=f"{run.name}, recall")
+    tokens = recall.sampler(_PAIRS, 512)(jax.random.key(run.recipe.seed + 1))
+    found = float(accuracy(jax.jit(logits)(params, tokens), recall.answers(tokens[:, 1:])))
+    _write(file, {"accuracy": found})
+    return found
+
+
+def _write(file, result):
     finished = file.with_suffix(".tmp")
     finished.write_text(json.dumps(result, indent=2))
     finished.replace(file)
-    meter.at(before + steps * (1 + _OVERHEAD), f"{run.name}: done")
-    return result
 
 
 def _cut(spans: training.Spans, length: int) -> training.Spans:

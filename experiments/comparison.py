@@ -10,22 +10,25 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+_LINES = 8  # the most that a figure can tell apart
+
 
 def table(summary: dict[str, Any]) -> Table:
     """What the mechanisms reached, and what n-gram models do."""
     length = summary["options"]["length"]
-    longer = len(summary["mechanisms"][0]["by_position"])
+    ranked = sorted(summary["mechanisms"], key=lambda row: row["bits_per_byte"])
+    longer, recall = len(ranked[0]["by_position"]), "recall" in ranked[0]
     result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
                    box=box.SIMPLE, padding=(0, 0, 0, 1))
     result.add_column("", no_wrap=True)
     for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
-                    f"state at\n{longer}"):
+                    f"state at\n{longer}", *(["recall"] if recall else [])):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in summary["ngrams"]:
         result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
-    for row in summary["mechanisms"]:
+    for row in ranked:
         result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]), f"{row['tokens_per_second']:,.0f}",
-                       _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]))
+                       _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]), *([f"{row['recall']:.1%}"] if recall else []))
     return result
 
 
@@ -35,7 +38,10 @@ def printable(text: str) -> str:
 
 
 def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """A figure of training (left) and of held-out cost by position in the text (right)."""
+    """A figure of training (left) and of held-out cost by position in the text (right); of many mechanisms, or with recall, one of the ranking."""
+    if len(records) > _LINES or "recall" in summary["mechanisms"][0]:
+        _draw_ranking(summary, file)
+        return
     with _figure(file, 2) as (left, right):
         _curves(left, records)
         for row in summary["mechanisms"]:
@@ -47,6 +53,37 @@ def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], fi
             right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
         right.axvline(summary["options"]["length"], color="grey", linewidth=0.8)
         right.set(title="held-out text", xlabel="position in the text (the line: length in training)", ylabel="bits per byte", xscale="log")
+
+
+def _draw_ranking(summary, file):
+    """Dots of cost at both lengths and of recall, best on top."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    ranked = sorted(summary["mechanisms"], key=lambda row: -row["bits_per_byte"])
+    length, longer, places = summary["options"]["length"], len(ranked[0]["by_position"]), np.arange(len(ranked))
+    recall = "recall" in ranked[0]
+    figure, panels = pyplot.subplots(1, 1 + recall, figsize=(7 + 3 * recall, 1.5 + 0.24 * len(ranked)), layout="constrained", sharey=True, squeeze=False,
+                                     width_ratios=(2, 1)[:1 + recall])
+    cost = panels[0, 0]
+    cost.plot([row["bits_per_byte"] for row in ranked], places, "o", color="#3366aa", label=f"length {length}")
+    cost.plot([row["longer"]["bits_per_byte"] for row in ranked], places, "o", color="#cc5544", fillstyle="none", label=f"length {longer}")
+    for row in summary["ngrams"]:
+        cost.axvline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
+        cost.annotate(f"order {row['order']}", (row["bits_per_byte"], places[-1] + 0.6), color="grey", fontsize="small", ha="center")
+    low = min(row["bits_per_byte"] for row in ranked)
+    cost.set(xlabel="bits per byte of held-out text", xlim=(low - 0.1, max(4.0, low + 1)), yticks=places, yticklabels=[row["mechanism"] for row in ranked])
+    cost.legend(frameon=False, fontsize="small", loc="lower right")
+    if recall:
+        panels[0, 1].plot([row["recall"] for row in ranked], places, "o", color="#44995c")
+        panels[0, 1].set(xlabel="values recalled", xlim=(-0.02, 1.02))
+    for panel in panels[0]:
+        panel.grid(axis="y", linewidth=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
 
 
 def draw_training(name: str, records: list[dict[str, float]], file: Path) -> None:

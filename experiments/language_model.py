@@ -15,6 +15,7 @@ from flax import nnx
 from attnx.mechanism import Mechanism
 from attnx.models import Decoder, TransformerConfig, generate
 from attnx.training import Spans
+from experiments.mechanisms import Layer
 
 _POLICIES = {"none": None, "dots": "dots_saveable", "all": "nothing_saveable"}
 _EVALUATED = 8192  # tokens in a batch of the evaluation
@@ -45,24 +46,23 @@ class LanguageModel:
 
     Args:
       options: its sizes.
-      mechanism: of every layer.
+      mechanism: of every layer; or what makes the attention of a block, see :class:`attnx.models.TransformerConfig`.
       seed: of the initial parameters.
 
     Attributes:
-      mechanism: as given.
       init: a function that makes the initial parameters.
       abstract: their shapes.
     """
 
-    def __init__(self, options: ModelOptions, mechanism: Mechanism, seed: int = 0):
+    def __init__(self, options: ModelOptions, mechanism: Mechanism | Layer, seed: int = 0):
+        layer, mechanism = (None, mechanism) if hasattr(mechanism, "step") else (mechanism, None)
         config = TransformerConfig(vocab_size=256, features=options.features, num_layers=options.layers, num_heads=options.heads,
-                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden, qk_norm="rms",
+                                   num_kv_heads=options.kv_heads, hidden_features=options.hidden, qk_norm="rms", attention=layer,
                                    remat=_POLICIES[options.remat], dtype=jnp.dtype(options.dtype))
 
         def make():
             return nnx.split(Decoder(config, mechanism, rngs=nnx.Rngs(seed)), nnx.Param, ...)
 
-        self.mechanism = mechanism
         self.init = lambda: make()[1]
         self._graph, self.abstract, _ = jax.eval_shape(make)
         self._rest = jax.jit(lambda: make()[2])()

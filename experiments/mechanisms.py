@@ -3,11 +3,14 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax.numpy as jnp
+from flax import nnx
 
 import attnx
+from attnx import catalogue
 from attnx.cli import UsageError
 from attnx.sparse import topk_blocks
 
@@ -33,8 +36,19 @@ MECHANISMS: dict[str, Callable[[int, int], attnx.Mechanism]] = {
 """``{name: (length, heads) -> mechanism}``: how many tokens the model reads in training, and its key-value heads."""
 
 
-def mechanism(name: str, length: int, heads: int) -> attnx.Mechanism:
-    """The mechanism of a name, or that which ``module:function`` makes of the training length and the number of key-value heads.
+ALL_CAUSAL = "all-causal"
+Layer = Callable[..., nnx.Module]
+"""Makes the attention of a block, ``(features, num_heads, *, rngs) -> module``."""
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Names with 'all-causal' replaced by the mechanisms above and every finished paper that has a causal layer."""
+    papers = [id for id, entry in catalogue.entries().items() if entry.causal_layer and id not in MECHANISMS] if ALL_CAUSAL in names else []
+    return tuple(each for name in names for each in ((*MECHANISMS, *papers) if name == ALL_CAUSAL else (name,)))
+
+
+def mechanism(name: str, length: int, heads: int) -> attnx.Mechanism | Layer:
+    """The mechanism of a name; the layer of a paper, by its id; or what ``module:function`` makes of the training length and the number of key-value heads.
 
     Raises:
       UsageError: for a name that is not known, or a function that cannot be imported.
@@ -45,9 +59,7 @@ def mechanism(name: str, length: int, heads: int) -> attnx.Mechanism:
     """
     module, colon, function = name.partition(":")
     if not colon:
-        if name not in MECHANISMS:
-            raise UsageError(f"unknown mechanism '{name}'; expected one of: {', '.join(MECHANISMS)}, or module:function")
-        return MECHANISMS[name](length, heads)
+        return MECHANISMS[name](length, heads) if name in MECHANISMS else partial(_layer(name), length=length)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -55,3 +67,14 @@ def mechanism(name: str, length: int, heads: int) -> attnx.Mechanism:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"mechanism '{name}': {error}") from error
     return make(length, heads)
+
+
+def _layer(id):
+    try:
+        entry = catalogue.entry(id)
+    except KeyError:
+        raise UsageError(f"unknown mechanism '{id}'; expected one of: {', '.join(MECHANISMS)}; {ALL_CAUSAL}; the id of a paper (attnx list), "
+                         "or module:function") from None
+    if entry is None or entry.causal_layer is None:
+        raise UsageError(f"mechanism '{id}': the paper is {'not here yet' if entry is None else 'no causal attention'}")
+    return entry.causal_layer

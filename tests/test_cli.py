@@ -86,9 +86,9 @@ def test_the_commands_of_this_project_can_be_found():
     ("compare --stpes 3", "Unrecognized options: --stpes"),
     ("compare --steps many", "--steps"),
     ("compare --steps 0", "--steps: expected 1 or more, got 0"),
-    ("compare --mechanisms softmax softmax", "--mechanisms: expected one or more different names"),
-    ("compare --mechanisms nothing", "unknown mechanism 'nothing'; expected one of: softmax"),
-    ("compare --mechanisms no_such:thing", "no_such"),
+    ("compare --attention softmax softmax", "--attention: expected one or more different names"),
+    ("compare --attention nothing", "unknown mechanism 'nothing'; expected one of: softmax"),
+    ("compare --attention no_such:thing", "no_such"),
     ("compare --data /no/such/text", "cannot read /no/such/text: No such file or directory"),
     ("compare --batch 3 --accumulate 2", "--batch: expected a multiple of --accumulate 2, got 3"),
     ("train --heads 3", "num_heads"),
@@ -112,4 +112,4 @@ def test_help_of_a_command_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run("attnx", commands(("compare", "experiments.compare")), ["compare", "--help"])
     out = capsys.readouterr().out
-    assert not stop.value.code and "--mechanisms" in out and "held out" in out
+    assert not stop.value.code and "--attention" in out and "held out" in out

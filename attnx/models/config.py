@@ -62,6 +62,8 @@ class TransformerConfig:
     """Normalisation of each head's queries and keys."""
     output_gate: Literal["head", "channel"] | None = None
     """Sigmoid gates on what the heads found."""
+    attention: Callable[..., nnx.Module] | None = None
+    """The sub-layer of self-attention, ``(features, num_heads, *, rngs) -> module`` called like :class:`attnx.nn.Attention`; None for that around the mechanism."""
     use_bias: bool = False
     """Whether projections have biases."""
     tie_embedding: bool = True
@@ -86,7 +88,13 @@ class TransformerConfig:
         return self.hidden_features or -(-self.features * (8 if gated else 12) // 96) * 32
 
     def block(self, mechanism, cross_mechanism=None, *, rngs: nnx.Rngs) -> nnx.Module:
-        """One :class:`attnx.nn.TransformerBlock` of these sizes around a mechanism, and one for its context if it reads one."""
+        """One :class:`attnx.nn.TransformerBlock` of these sizes around a mechanism, and one for its context if it reads one.
+
+        Raises:
+          TypeError: without a mechanism, where ``attention`` does not bring its own, or with both.
+        """
+        if (mechanism is None) == (self.attention is None):
+            raise TypeError(f"mechanism: expected {'None beside' if self.attention else 'one, or'} a config with attention, got {mechanism!r}")
         # Each sub-layer adds to the residual stream; scaled so, the stream's variance does not grow with depth at the start.
         additions = (2 if cross_mechanism is None else 3) * self.num_layers
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs,
@@ -98,8 +106,9 @@ class TransformerConfig:
                              output_gate=self.output_gate, **common)
 
         activation, gated = _ACTIVATIONS[self.mlp]
+        own = attention(mechanism, self.position) if self.attention is None else self.attention(self.features, self.num_heads, rngs=rngs)
         return TransformerBlock(
-            self.features, attention=attention(mechanism, self.position),
+            self.features, attention=own,
             cross_attention=None if cross_mechanism is None else attention(cross_mechanism, None),
             mlp=MLP(self.features, self.hidden, activation=activation, gated=gated, **common),
             norm=self.norm, norm_epsilon=self.norm_epsilon, norm_position=self.norm_position, dropout_rate=self.dropout_rate,

@@ -28,14 +28,14 @@ class Transformer(nnx.Module):
 
     Args:
       config: its sizes and choices.
-      mechanism: the mechanism of every layer (see :class:`attnx.nn.Attention`), or a sequence of mechanisms that alternate. What a
-        token may see is the mechanism's to say.
+      mechanism: the mechanism of every layer (see :class:`attnx.nn.Attention`), or a sequence of mechanisms that alternate; None where
+        ``config.attention`` makes the layers. What a token may see is the mechanism's to say.
       cross_mechanism: the mechanism by which every layer also reads a context; None for layers that read none.
       embedding: an :class:`attnx.nn.Embedding` to share; by default one of its own.
       rngs: the generator of initial values.
     """
 
-    def __init__(self, config: TransformerConfig, mechanism: Mechanism | Sequence[Mechanism], *, cross_mechanism: Mechanism | None = None,
+    def __init__(self, config: TransformerConfig, mechanism: Mechanism | Sequence[Mechanism] | None, *, cross_mechanism: Mechanism | None = None,
                  embedding: Embedding | None = None, rngs: nnx.Rngs):
         mechanisms = mechanism if isinstance(mechanism, (tuple, list)) else (mechanism,)
         dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)

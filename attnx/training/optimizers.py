@@ -65,7 +65,7 @@ def _map(function):
 def _names(p):
     """The logical names of a parameter's axes, or Nones."""
     names = p.get_metadata().get("out_sharding") if isinstance(p, nnx.Variable) else None
-    return names or (None,) * p.ndim
+    return names or (None,) * len(getattr(p, "shape", ()))  # optax hides the parameters of the other optimiser behind nodes without a shape
 
 
 def _rank(p):

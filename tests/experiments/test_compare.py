@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -10,6 +11,8 @@ from attnx.cli import UsageError
 from attnx.training import DataError
 from experiments import compare, train
 from experiments.compare import Options
+from experiments.language_model import LanguageModel, ModelOptions
+from experiments.mechanisms import expand, mechanism
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def text(tmp_path_factory):
 
 def options(text, out, **changes):
     return Options(**{**dict(data=str(text), out=out, features=16, layers=1, heads=2, length=16, batch=8, steps=30, save_every=10, windows=2,
-                             mechanisms=("softmax", "window")), **changes})
+                             attention=("softmax", "window")), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +69,9 @@ def test_killed_while_training_it_goes_on(done, text, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("experiments.progress.Meter.at", killed)
-        compare.compare(options(text, tmp_path, mechanisms=("softmax",)), Console(quiet=True))
+        compare.compare(options(text, tmp_path, attention=("softmax",)), Console(quiet=True))
     console = Console(record=True, width=80)
-    summary = compare.compare(options(text, tmp_path, mechanisms=("softmax",)), console)
+    summary = compare.compare(options(text, tmp_path, attention=("softmax",)), console)
     assert "softmax: resuming from step 20" in console.export_text()
     for name in ("bits_per_byte", "longer", "sample"):
         assert summary["mechanisms"][0][name] == done[1]["mechanisms"][0][name]
@@ -100,3 +103,27 @@ def test_train_and_generate(text, tmp_path, capfdbinary):
         assert generate.main("attnx generate", [str(tmp_path), "--prompt", "alpha", "--length", "9", "--seed", seed]) == 0
     out = capfdbinary.readouterr().out
     assert len(out) == 2 * (5 + 9 + 1) and out[:15] == out[15:] and out.startswith(b"alpha")
+
+
+def test_a_paper_by_its_id_and_its_recall(text, tmp_path, monkeypatch):
+    console, given = Console(record=True, width=90), options(text, tmp_path, attention=("forgetting-transformer",), steps=3, recall_steps=2)
+    summary = compare.compare(given, console)
+    assert 0 <= summary["mechanisms"][0]["recall"] < 0.5 and "forgetting-transformer" in console.export_text()
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(compare, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert compare.compare(given, Console(quiet=True)) == summary
+
+
+def test_all_causal_names_what_is_there():
+    names = expand(["all-causal"])
+    assert len(names) == len(set(names)) > 10 and {"softmax", "forgetting-transformer"} <= set(names)
+    for name in names:
+        model = LanguageModel(ModelOptions(features=16, layers=1, heads=2), mechanism(name, 16, 2))
+        assert jax.eval_shape(model.nats, model.abstract, jax.ShapeDtypeStruct((2, 17), "int32")).shape == (2, 16) and model.state_bytes(32) > 0
+
+
+@pytest.mark.parametrize("names, message", [(("fftnet",), "no causal attention"), (("yolov12",), "not here yet|unknown"), (("softmax",) * 2, "different names")])
+def test_names_that_cannot_be_trained(names, message):
+    with pytest.raises(UsageError, match=message):
+        for name in compare._settle(Options(attention=names)).attention:
+            mechanism(name, 16, 2)

@@ -28,4 +28,5 @@ c_t   = sum over l <= t of log f_l,      f = sigmoid(w x + b), one a token and h
     claim="Without positions it models text at least as well as a transformer with rotary positions, and loses far less beyond the training length.",
     examples=(Example(call, {"query": "btnh", "key": "bskh", "value": "bskv", "log_forget": Input("bsn", jax.nn.log_sigmoid), "seen": SEEN}, "btnv",
                       patterns=("causal self",), executions=("reference", "blockwise", "pallas", "ring", "step"), mask="seen"),),
+    causal_layer=lambda features, num_heads, *, length, rngs: scores.ForgettingAttention(features, num_heads, rngs=rngs),
 )

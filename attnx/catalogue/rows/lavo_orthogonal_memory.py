@@ -26,6 +26,11 @@ def call(case, query, context, bases, seen, rel_bias=None):
 
 ARRAYS = {"query": "btnh", "context": "bsnh", "bases": bases, "seen": SEEN}
 
+def layer(features, num_heads, *, length, rngs):
+    """Windows of a quarter of the training length."""
+    return linear.LAVO(features, num_heads, num_bases=min(64, features // num_heads), window=max(length // 4, 1), rngs=rngs)
+
+
 entry = Entry(
     id="lavo-orthogonal-memory",
     objects=(linear.lavo_attention, linear.lavo_step, linear.lavo_init, linear.orthogonal_memory, linear.orthonormal, linear.LAVO),
@@ -40,4 +45,5 @@ s: tokens of t's window of w up to t;      H[r] = b_r * mean over all windows be
         Example(call, ARRAYS, "btnh", patterns=("noncausal cross", "noncausal self", "causal self"), mask="seen", linear="t", name="without biases"),
     ),
     notes="Reconstructed from the abstract and public descriptions: windows are aligned, directions are learned and made orthonormal in each call.",
+    causal_layer=layer,
 )

@@ -23,4 +23,5 @@ entry = Entry(
     claim="The time of a token does not grow with the length of the sequence, and long sequences are faster than with all pairs or token by token.",
     examples=(Example(call, {"query": "btnh", "key": "bskh", "value": "bskv", "slopes": Input("n", jnp.abs), "seen": SEEN}, "btnv",
                       patterns=("causal self",), executions=("parallel", "chunked", "recurrent", "pallas", "step"), mask="seen", linear="t"),),
+    causal_layer=lambda features, num_heads, *, length, rngs: linear.TNLAttention(features, num_heads, rngs=rngs),
 )

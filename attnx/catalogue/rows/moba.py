@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from attnx import nn, sparse
 from attnx.catalogue.entry import SEEN, Entry, Example, stream
+from attnx.catalogue.modules import rotary_layer
 
 BLOCK, CHOSEN = 8, 3
 
@@ -28,4 +29,5 @@ out_in       = sum over j <= i in chosen(i, n) of  softmax_j(q_in . k_j / sqrt(H
                       executions=("reference", "gathered", "pallas", "step"), mask="seen", sizes={"t": 37}, lengths=(1, 6, 24)),),
     notes="Gradients do not flow through the choice. Released code returns full attention where a query attends to its own block alone; here that is local "
           "attention, as published.",
+    causal_layer=rotary_layer(lambda length, num_heads: sparse.moba(max(length // 16, 1), 3)),
 )

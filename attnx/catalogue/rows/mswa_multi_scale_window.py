@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from attnx import masks
 from attnx.catalogue.entry import SEEN, Entry, Example, stream
+from attnx.catalogue.modules import rotary_layer
 
 WINDOWS = (2, 3, 3, 20)
 
@@ -27,4 +28,5 @@ w     = base * f_layer * f_head,      f = 1/4, 1/2, 1, 2 by group of heads, and 
     examples=(Example(call, {"query": "btnh", "key": "bskh", "value": "bskv", "seen": SEEN}, "btnv", ("causal self",),
                       ("reference", "gathered", "blockwise", "pallas", "ring", "step"), "seen", linear="t"),),
     notes="Reconstructed from the abstract; where heads or layers do not divide by four, earlier groups have more.",
+    causal_layer=rotary_layer(lambda length, num_heads: masks.multi_scale_window(masks.mswa_windows(1, num_heads, max(length // 4, 1), mode="head")[0])),
 )

@@ -4,7 +4,10 @@ from functools import partial
 
 from attnx import analysis, weights
 from attnx.catalogue.entry import Entry, Example, Input
+from attnx.catalogue.modules import rotary_layer
 from attnx.catalogue.pairs import pairs_example
+from attnx.masks.causal import causal
+from attnx.mechanism import pairs
 
 
 def gated(case, found, x, gate, seen=None, **options):
@@ -30,4 +33,5 @@ gated:   out_tn = sigmoid(G_n(x_t)) sum_j softmax(s)_tj v_j""",
         *(Example(call, inputs | {"seen": Input("bt", lambda normal: normal > -1)}, "btnv", mask="seen", empty="finite", linear="t", name=name)
           for inputs, call, name in (_gate("by head", kind="per_head"),))),
     notes="Gates by head average over tokens that are no padding, where the released code counts padding; all predictors can start at a given gate.",
+    causal_layer=rotary_layer(lambda length, num_heads: pairs(mask=causal()), weights.GatedAttention),
 )

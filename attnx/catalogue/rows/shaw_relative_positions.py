@@ -42,4 +42,5 @@ out_i = sum_j softmax_j(s_ij) (v_j + a^V_r)""",
               Example(by_label, INPUTS | {"kinds": Input("bts", lambda normal: normal)}, "btnv", PATTERNS, IMPLEMENTATIONS[:2], "seen",
                       sizes={"r": 5}, name="labels")),
     notes="Key and value have a table each, which some implementations tie.",
+    causal_layer=lambda features, num_heads, *, length, rngs: positions.RelativeSelfAttention(features, num_heads, is_causal=True, rngs=rngs),
 )
