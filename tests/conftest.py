@@ -15,8 +15,8 @@ for flag, setting in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={setting}"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 CACHE = os.environ.get("ATTNX_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
 """Folder of the compilation cache; with an empty name there is none."""
