@@ -5,7 +5,7 @@ from attnx.catalogue import cite
 from attnx.core.attention import attention, ring_attention
 from attnx.core.decode import cascade, decode
 from attnx.core.edges import edge_attention
-from attnx.core.halves import apply, attend_scores, attention_weights, merge, row_statistics
+from attnx.core.halves import apply, attend_scores, attention_scores, attention_weights, merge, row_statistics
 from attnx.core.linear import linear_attention
 from attnx.core.selected import selected_attention
 from attnx.dot_product import dot_product_attention
@@ -17,6 +17,6 @@ _ROOMS = ("alignment", "analysis", "catalogue", "fusion", "geometry", "graph", "
 __getattr__, __dir__ = lazy.attach(__name__, {}, _ROOMS)
 __version__ = "0.1.0"
 
-__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_weights", "cascade", "cite", "decode", "dot_product_attention",
-           "edge_attention", "linear_attention", "masks", "merge", "pairs", "recurrent", "ring_attention", "row_statistics", "scores", "selected_attention",
-           "weights"]
+__all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_scores", "attention_weights", "cascade", "cite", "decode",
+           "dot_product_attention", "edge_attention", "linear_attention", "masks", "merge", "pairs", "recurrent", "ring_attention", "row_statistics", "scores",
+           "selected_attention", "weights"]

@@ -301,8 +301,18 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, key_mask, st
     return (out if segment_ids is None else jnp.where(valid, out, 0)).astype(query.dtype), state
 
 
-def restarts(segment_ids, axis_name=None, reverse=False):
-    """Where the id differs from that of the last token before it that is not padding: booleans [B, T] of ids [B, T]."""
+def restarts(segment_ids: Int[Array, "B T"], axis_name: Hashable | None = None, reverse: bool = False) -> Bool[Array, "B T"]:
+    """Where the state starts anew: where the id differs from that of the last token before it that is not padding.
+
+    Args:
+      segment_ids: int [B, T]; negative ids are padding.
+      axis_name: the mesh axis over which T is sharded, inside ``jax.shard_map``.
+      reverse: whether the sequence is read from the last device to the first.
+
+    >>> import jax.numpy as jnp
+    >>> restarts(jnp.array([[-1, 0, -1, 0, 1]]))
+    Array([[False, False, False, False,  True]], dtype=bool)
+    """
 
     def forward(earlier, later):
         return jnp.where(later >= 0, later, earlier)

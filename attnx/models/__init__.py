@@ -10,7 +10,10 @@ from attnx.models.generation import generate
 from attnx.models.search import Hypotheses, beam_search, greedy_search, length_penalty, rows_of
 from attnx.models.transformer import Transformer, TransformerState
 
-_LAZY: dict[str, tuple[str, ...]] = {"ravlt": ("RAVLT", "RAVLTConfig", "Stage")}
+_LAZY: dict[str, tuple[str, ...]] = {
+    "ravlt": ("RAVLT", "RAVLTConfig", "Stage"),
+    "single_headed": ("ShaRnn", "ShaRnnBlock", "ShaRnnState", "SingleHead", "SingleHeadParams", "boom", "single_head_attention", "value_gate"),
+}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = ["Decoder", "Encoder", "EncoderDecoder", "Hypotheses", "OriginalTransformer", "Transformer", "TransformerConfig", "TransformerState",
            "beam_search", "generate", "greedy_search", "label_smoothed_cross_entropy", "length_penalty", "noam_schedule", "original_config", "rows_of",

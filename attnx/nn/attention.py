@@ -168,7 +168,8 @@ class Attention(nnx.Module):
         elif segment_ids is not None:
             raise ValueError("segment_ids: expected None with a context; mark padding by context_positions of -1")
         hooks = bind_hooks(hooks, layer)
-        query, key, value, at = self._prepare(hooks, self._query(x), *self._key_value(context), positions, context_positions)
+        projected = self._projected(x, context, positions, context_positions, segment_ids)
+        query, key, value, at = self._prepare(hooks, *projected, positions, context_positions)
         mechanism = release(self.mechanism)
         out = mechanism(query, key, value, query_positions=positions, key_positions=context_positions,
                         segment_ids=segment_ids, dropout_key=dropout_key, **self.extras(x), **pair_hooks(mechanism, hooks))
@@ -191,7 +192,7 @@ class Attention(nnx.Module):
         start = jnp.zeros((), jnp.int32)
         if context is not None:
             return CrossState(start, *self._key_value(context), context_positions)
-        dtype = dtype or self.dtype or self.key.kernel.dtype
+        dtype = dtype or self.dtype or self.query.kernel.dtype
         return SelfState(start, release(self.mechanism).init(batch, max_length, self.num_kv_heads, self.head_size,
                                                              self.value_size, dtype))
 
@@ -208,13 +209,12 @@ class Attention(nnx.Module):
         """
         hooks, mechanism = bind_hooks(hooks, layer), release(self.mechanism)
         handed = self.extras(x) | pair_hooks(mechanism, hooks)
-        query = self._query(x)
         positions = state.position + jnp.arange(x.shape[1], dtype=jnp.int32)
         if isinstance(state, CrossState):
-            query, key, value, at = self._prepare(hooks, query, state.key, state.value, positions, state.key_positions)
+            query, key, value, at = self._prepare(hooks, self._query(x), state.key, state.value, positions, state.key_positions)
             out = mechanism(query, key, value, query_positions=positions, key_positions=state.key_positions, **handed)
         else:
-            state, key, value = self._next_key_value(state, x)
+            state, query, key, value = self._next_projected(state, x)
             query, key, value, at = self._prepare(hooks, query, key, value, positions, positions)
             inner, out = mechanism.step(state.mechanism, query, key, value, **handed)
             state = state._replace(mechanism=inner)
@@ -229,6 +229,16 @@ class Attention(nnx.Module):
         check_sequence("context", context, self.context_features)
         key, value = self._heads(self.key, context, "kv_heads"), self._heads(self.value, context, "kv_heads")
         return key if self.key_norm is None else self.key_norm(key), value
+
+    def _projected(self, x, context, positions, context_positions, segment_ids) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of a call, which may depend on where tokens are."""
+        del positions, context_positions, segment_ids
+        return self._query(x), *self._key_value(context)
+
+    def _next_projected(self, state, x):
+        """The state, and queries, keys and values of the next tokens of self-attention."""
+        state, key, value = self._next_key_value(state, x)
+        return state, self._query(x), key, value
 
     def _next_key_value(self, state, x):
         """Keys and values of the next tokens of self-attention, which may depend on what the state remembers."""
