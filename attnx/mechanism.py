@@ -1,5 +1,6 @@
 """What a model is handed: a mechanism with a parallel form and a streaming form, whatever engine it runs on."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -107,6 +108,18 @@ def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), 
     return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)
 
 
+def skipped(query, key, query_positions=None, key_positions=None, segment_ids=None, *, is_causal: bool = True) -> dict[str, Any]:
+    """What a mechanism is told of padding and documents, as the keyword arguments of :func:`attnx.linear_attention` that say so.
+
+    Order is all that counts to it: of positions only the sign is read, that of the queries where causal, that of the keys where not.
+    """
+    if is_causal and query_positions is not None:
+        ids = jnp.zeros(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        segment_ids = jnp.where(jnp.broadcast_to(query_positions, ids.shape) < 0, -1, ids)
+    masked = not is_causal and key_positions is not None
+    return {"segment_ids": segment_ids, "key_mask": jnp.broadcast_to(jnp.asarray(key_positions) >= 0, key.shape[:2]) if masked else None}
+
+
 @part
 class Recurrent:
     """See :func:`recurrent`. A pytree; its array is the decay."""
@@ -115,30 +128,31 @@ class Recurrent:
     feature_map: Callable | None = static(default=None)
     normalize: bool = static(default=False)
     scale: float | None = static(default=None)
+    is_causal: bool = static(default=True)
 
     def _options(self):
         return dict(log_decay=self.log_decay, feature_map=self.feature_map, scale=self.scale)
 
     def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None):
-        if query_positions is not None:  # order is all that counts, but padding is skipped
-            ids = jnp.zeros(query.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            segment_ids = jnp.where(jnp.broadcast_to(query_positions, ids.shape) < 0, -1, ids)
-        attend = partial(linear.linear_attention, normalize=self.normalize)
+        told = skipped(query, key, query_positions, key_positions, segment_ids, is_causal=self.is_causal)
+        attend = partial(linear.linear_attention, normalize=self.normalize, is_causal=self.is_causal)
         mesh = mesh_in_context()
         if mesh is None:
-            return attend(query, key, value, segment_ids=segment_ids, **self._options())
+            return attend(query, key, value, **told, **self._options())
         batch, heads = usable_axes(mesh, ("data", "fsdp"), query.shape[0]), usable_axes(mesh, ("tensor",), key.shape[2])
-        sequence = usable_axes(mesh, ("sequence",), query.shape[1])
+        sequence = usable_axes(mesh, ("sequence",), math.gcd(query.shape[1], key.shape[1]))
         tokens, whole = PartitionSpec(batch, sequence, heads, None), PartitionSpec(heads)
 
-        def shard(query, key, value, segment_ids, log_decay):
-            return attend(query, key, value, segment_ids=segment_ids, axis_name="sequence" if sequence else None,
-                          **self._options() | {"log_decay": log_decay})
+        def shard(query, key, value, told, log_decay):
+            return attend(query, key, value, axis_name="sequence" if sequence else None, **told, **self._options() | {"log_decay": log_decay})
 
-        specs = (tokens, tokens, tokens, None if segment_ids is None else PartitionSpec(batch, sequence), None if self.log_decay is None else whole)
-        return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(query, key, value, segment_ids, self.log_decay)
+        by_token = {name: None if x is None else PartitionSpec(batch, sequence) for name, x in told.items()}
+        specs = (tokens, tokens, tokens, by_token, None if self.log_decay is None else whole)
+        return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(query, key, value, told, self.log_decay)
 
     def init(self, batch, max_length, kv_heads, key_size, value_size, dtype):
+        if not self.is_causal:
+            raise NotImplementedError("is_causal=False: every token reads the sum over all, so there is no streaming form; use is_causal=True")
         if self.feature_map is not None:
             key_size = jax.eval_shape(self.feature_map, jax.ShapeDtypeStruct((1, key_size), jnp.float32)).shape[-1]
         heads = kv_heads if self.log_decay is None else self.log_decay.shape[0]
@@ -148,8 +162,8 @@ class Recurrent:
         return linear.step(state, query, key, value, **self._options())
 
 
-def recurrent(*, log_decay=None, feature_map: Callable | None = None, normalize: bool = False, scale: float | None = None) -> Recurrent:
-    """A mechanism of the recurrent engine, causal: a state of constant size instead of a cache.
+def recurrent(*, log_decay=None, feature_map: Callable | None = None, normalize: bool = False, scale: float | None = None, is_causal: bool = True) -> Recurrent:
+    """A mechanism of the recurrent engine: a state of constant size instead of a cache.
 
     ::
 
@@ -158,6 +172,7 @@ def recurrent(*, log_decay=None, feature_map: Callable | None = None, normalize:
     Args:
       log_decay: g, at most 0: real [M], one a head (see :func:`attnx.core.linear.linear_attention`), or None for no decay.
       feature_map, normalize, scale: as there.
+      is_causal: False for encoders and cross-attention: S is the sum over all keys, and there is no streaming form.
 
     On a mesh in context the sequence is sharded too; devices pass on states, not keys.
 
@@ -170,4 +185,6 @@ def recurrent(*, log_decay=None, feature_map: Callable | None = None, normalize:
         log_decay = check_real("log_decay", log_decay, ranks=(1,))
     if feature_map is not None:
         check_function("feature_map", feature_map)
-    return Recurrent(log_decay, feature_map, bool(normalize), scale)
+    if log_decay is not None and not is_causal:
+        raise ValueError("log_decay: expected None with is_causal=False, where tokens have no order")
+    return Recurrent(log_decay, feature_map, bool(normalize), scale, bool(is_causal))

@@ -16,6 +16,7 @@ it - scores, positions, blocks, row statistics - turned alike: parts broadcast, 
 """
 
 import dataclasses
+import enum
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -289,16 +290,27 @@ class Root(NamedTuple):
     bracket: Callable
 
 
+class Extent(enum.Enum):
+    """Statistics that need no formula, 0 for a row without keys; one pass finds both. They have no gradient: the largest score may set a scale that cancels."""
+
+    MAXIMUM = 0
+    """The largest score."""
+    COUNT = 1
+    """The number of allowed keys."""
+
+
 class Weights(Part):
     """Weights given row statistics: ``weight(s, statistics, *blocks)``, elementwise in s; the statistics a tuple of [bq, 1].
 
-    ``statistics`` lists them: a :class:`Sum`, a :class:`Root`, or an :class:`Exponential` member, whose residual ``log sum_j den_ij`` it then is.
-    Each may use those before it. An empty list is an elementwise weight (sigmoid, ReLU). s = 0 with all statistics 0 must give
+    ``statistics`` lists them: a :class:`Sum`, a :class:`Root`, an :class:`Extent`, or an :class:`Exponential` member, whose residual ``log sum_j den_ij`` it
+    then is. A Sum and a Root may use those before it. An empty list is an elementwise weight (sigmoid, ReLU). s = 0 with all statistics 0 must give
     finite values. ``vanishes``: at s = -inf weights, summands and all slopes are 0, whatever the statistics, so a masked score is as good as a masked weight.
+    ``normalized``: the weights, at least 0 then, are divided by their sum over the row, which the pass over the values finds; a row of zeros stays.
     """
 
     statistics: tuple = ()
     vanishes: bool = False
+    normalized: bool = False
 
     def weight(self, s, statistics, *blocks):
         raise NotImplementedError

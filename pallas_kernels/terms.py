@@ -32,18 +32,22 @@ class FusedTerms:
 
 @dataclasses.dataclass(frozen=True)
 class WeightTerms:
-    """The weight of the values at given statistics."""
+    """The weight of the values at given statistics, and what it is to be divided by where it is normalised."""
 
     weights: Weights
     weighs_values: ClassVar[bool] = True
-    sums: ClassVar[int] = 0
+
+    @property
+    def sums(self):
+        return int(self.weights.normalized)
 
     @property
     def vanishes(self):
         return self.weights.vanishes
 
     def __call__(self, s, rows, *blocks):
-        return self.weights.weight(s, rows, *blocks), ()
+        w = self.weights.weight(s, rows, *blocks)
+        return w, (w,) * self.sums
 
 
 @dataclasses.dataclass(frozen=True)

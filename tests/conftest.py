@@ -15,8 +15,8 @@ for flag, setting in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={setting}"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 CACHE = os.environ.get("ATTNX_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
 """Folder of the compilation cache; with an empty name there is none."""
@@ -24,6 +24,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 if CACHE:
     jax.config.update("jax_compilation_cache_dir", CACHE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, as they share what they compile; but not those that have little in common."""
+    for item in items:
+        if item.path.name not in ("test_contracts.py", "test_doctests.py"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 MAPPINGS = 30_000

@@ -38,10 +38,10 @@ class Subject:
     def __init__(self, example: Example, pattern: str | None):
         self.example, self.pattern = example, pattern or PATTERNS[0]
         self.claimed = pattern is not None
-        first = self.pattern == (example.patterns or (self.pattern,))[0]
+        self.first = self.pattern == (example.patterns or (self.pattern,))[0]
         # In patterns but the first, what is chosen by default stands for the executions: contract `executions` holds it against the definition.
         self.executions = tuple(name for index, name in enumerate(example.executions)
-                                if (self.pattern == "causal self" if name == STEP else first or index == 0))
+                                if (self.pattern == "causal self" if name == STEP else self.first or index == 0))
         self.definition = self.executions[0]
         self._jitted = functools.cache(self._jit)
         self._jitted_gradient = functools.cache(self._jit_gradient)
@@ -53,10 +53,14 @@ class Subject:
             inputs[self.example.mask] = jnp.ones_like(inputs[self.example.mask], bool)
         return inputs
 
-    def value(self, inputs, execution=None):
-        """The output, jitted."""
+    def forward(self, inputs, execution=None):
+        """The output, jitted, of a call that is not differentiated."""
         with _context(execution):
             return self._jitted(execution)(inputs)
+
+    def value(self, inputs, execution=None):
+        """The output, by the call that also has the gradients, which is compiled anyway; but nobody differentiates what reads token by token."""
+        return self.forward(inputs, execution) if execution == STEP else self.gradient(inputs, execution)[0]
 
     def gradient(self, inputs, execution=None, seed=9):
         """The output, and the gradients of a random projection of it by all real inputs."""
@@ -196,9 +200,9 @@ def sixteen_bits(subject):
              and letter not in subject.example.sizes}
     inputs = subject.arrays(jnp.bfloat16, **sizes)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _real(x) else x, inputs)
-    expected = np.asarray(subject.value(wide, subject.definition), np.float64)
+    expected = np.asarray(subject.forward(wide, subject.definition), np.float64)
     for execution in dict.fromkeys((None, subject.definition)):
-        got = np.asarray(subject.value(inputs, execution), np.float64)
+        got = np.asarray(subject.forward(inputs, execution), np.float64)
         error = np.abs(got - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-6)
         require(error < 2.0**-5, f"bfloat16 is off by {error:.1%} of the largest entry ({execution or 'by default'})")
 
@@ -302,12 +306,12 @@ def mask_respect(subject):
 
 
 def executions(subject):
-    """All executions agree with the definition, in value and gradients; so does whatever is chosen by default."""
+    """All executions agree with the definition, in value and gradients; so does whatever is chosen by default, in patterns but the first in value."""
     inputs = subject.arrays()
     expected = subject.gradient(inputs, subject.definition)
     for execution in dict.fromkeys((None, *subject.executions[1:])):
-        # what reads token by token decodes: nobody differentiates it
-        got, wanted = (subject.value(inputs, execution), expected[0]) if execution == STEP else (subject.gradient(inputs, execution), expected)
+        differentiated = execution != STEP and (execution or subject.first)
+        got, wanted = (subject.gradient(inputs, execution), expected) if differentiated else (subject.forward(inputs, execution), expected[0])
         error = differ(got, wanted)
         require(error < EXACT, f"{execution or 'the default'} differs from {subject.definition} by {error:.1e}")
 
@@ -317,9 +321,9 @@ def lengths(subject):
     for length in subject.example.lengths:
         for queries, keys in {(length, length)} | ({(5, length)} if subject.pattern == "noncausal cross" else set()):
             inputs = subject.arrays(t=queries, s=keys)
-            expected = subject.value(inputs, subject.definition)
+            expected = subject.forward(inputs, subject.definition)
             for execution in dict.fromkeys((None, *(name for name in subject.executions[1:] if name not in HEAVY))):
-                error = differ(subject.value(inputs, execution), expected)
+                error = differ(subject.forward(inputs, execution), expected)
                 require(error < EXACT, f"{execution or 'the default'} differs by {error:.1e} at {queries} queries and {keys} keys")
 
 

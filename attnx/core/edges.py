@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from attnx.core.checks import check_dropout, check_integer, check_integers, check_scale, describe
 from attnx.core.program import bind_operand
 from pallas_kernels import tile
-from pallas_kernels.parts import At, Exponential, Operand, Parts, Sizes, Softmax, Sum, Weights
+from pallas_kernels.parts import At, Exponential, Extent, Operand, Parts, Sizes, Softmax, Sum, Weights
 
 # Segments -----------------------------------------------------------------------------------------------------------
 
@@ -169,13 +169,21 @@ def segment_weights(scores: Float[Array, "E N"], segment_ids: Int[Array, " E"], 
         if isinstance(which, Exponential):
             _, norm, m = residual(which)
             r = jnp.where(norm > 0, m + jnp.log(jnp.where(norm > 0, norm, 1)), -jnp.inf)
+        elif which is Extent.COUNT:
+            r = total(jnp.ones_like(s))
+        elif which is Extent.MAXIMUM:
+            r = lax.stop_gradient(segment_max(s, ids, num_segments))
         elif isinstance(which, Sum):
             r = which.finish(total(which.phi(s, given, *operands)), rows, *shared)
         else:
             raise NotImplementedError(f"weights: {owner} solves an equation for each node, which edges cannot; weights of the exponential "
                                       "family, elementwise weights and those given by sums are served")
         rows = (*rows, r)
-    return jnp.where(valid, weights.weight(s, tuple(map(spread, map(tile.given_rows, rows))), *operands), 0)
+    w = jnp.where(valid, weights.weight(s, tuple(map(spread, map(tile.given_rows, rows))), *operands), 0)
+    if weights.normalized:
+        norm = total(w)
+        w = jnp.where(valid, w / jnp.where(norm > 0, norm, 1)[ids], 0)
+    return w
 
 
 def segment_softmax(scores: Float[Array, "E ..."], segment_ids: Int[Array, " E"], num_segments: int, *,

@@ -9,14 +9,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import checks, operations, reference
 from attnx.core.attention import IMPLEMENTATIONS, no_tiles, prepare, sink_of, with_sink
 from attnx.core.blockwise import Blockwise, choose_blockwise
 from attnx.core.program import Data, Program, unbind_output
 from pallas_kernels import tile
-from pallas_kernels.parts import Exponential, Softmax, Weights
+from pallas_kernels.parts import Exponential, Extent, Mask, Range, Softmax, Weights, part
 
 
 def _materialises(name, program):
@@ -57,6 +57,40 @@ def row_statistics(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
         sink = sink_of(program, weights)
         return unbind_output(r if sink is None else with_sink((jnp.zeros_like(r), r), sink)[1], r.dtype)[..., 0]
     return tuple(unbind_output(r, r.dtype)[..., 0] for r in rows)
+
+
+@part
+class _Counted(Weights):
+    statistics = (Extent.COUNT,)
+
+
+def visible_counts(mask: Mask | None, batch: int, queries: int, keys: int, *, heads: int = 1, query_positions: Int[Array, "*B T"] | None = None,
+                   key_positions: Int[Array, "*B S"] | None = None) -> Int[Array, "B T N"]:
+    """How many keys each query sees.
+
+    Args:
+      mask: which pairs are allowed; None allows all.
+      batch, queries, keys: B, T and S.
+      heads: N, of masks that differ between heads.
+      query_positions, key_positions: as in :func:`attnx.attention`: padding sees nothing and is not seen.
+
+    Returns:
+      int32 [B, T, N].
+
+    Cost: O(B T N) where the mask knows a formula (see :meth:`Mask.count`) and positions are the default; else a pass over all allowed pairs.
+
+    >>> import attnx
+    >>> visible_counts(attnx.masks.sliding_window(3), 1, 5, 5)[0, :, 0]
+    Array([1, 2, 3, 3, 3], dtype=int32)
+    """
+    if query_positions is None and key_positions is None:
+        places = jnp.arange(queries, dtype=jnp.int32)
+        count = keys if mask is None else mask.count(places, Range(0, keys - 1))
+        if count is not None:
+            return jnp.broadcast_to(jnp.broadcast_to(count, (queries,))[:, None], (batch, queries, heads)).astype(jnp.int32)
+    query, key = jnp.zeros((batch, queries, heads, 1)), jnp.zeros((batch, keys, 1, 1))
+    (count,) = row_statistics(query, key, mask=mask, weights=_Counted(), query_positions=query_positions, key_positions=key_positions)
+    return count.astype(jnp.int32)
 
 
 def apply(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K Hv"], r, *,
@@ -233,8 +267,7 @@ def _blockwise_statistics(executor: Blockwise, data: Data):
 @partial(jax.jit, static_argnums=0)
 def _reference_apply(program: Program, data: Data, rows):
     s, ok = reference.scores(program, data)
-    rows = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
-    w = jnp.where(ok, program.parts.weights.weight(jnp.where(ok, s, 0), rows, *data.operands.weights), 0)
+    w = reference.given(program, data, jnp.where(ok, s, 0), ok, rows)
     return reference.values(data, reference.dropout(program, data, w))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import linear_forms as forms
 from attnx.core import linear_fused
@@ -69,8 +69,8 @@ def _identity(x):
 def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K Hv"], *,
                      log_decay: Float[Array, "..."] | None = None, is_causal: bool = True, normalize: bool = False,
                      normalizer_floor: float | None = None, feature_map: Callable | None = None, initial_state: LinearState | None = None,
-                     return_state: bool = False, segment_ids: Int[Array, "B T"] | None = None, scale: float | None = None,
-                     chunk_size: int | None = None, implementation: str | None = None, axis_name: Hashable | None = None):
+                     return_state: bool = False, segment_ids: Int[Array, "B T"] | None = None, key_mask: Bool[Array, "B S"] | None = None,
+                     scale: float | None = None, chunk_size: int | None = None, implementation: str | None = None, axis_name: Hashable | None = None):
     """Linear attention: S_t = exp(g_t) * S_(t-1) + phi(k_t) v_t^T and o_t = scale * phi(q_t) S_t.
 
     With ``normalize``, o_t = phi(q_t) S_t / (phi(q_t) . z_t) where z is the same recurrence with v = 1. Without ``is_causal`` every query
@@ -93,6 +93,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       return_state: also return the state after the last token.
       segment_ids: int [B, T], T = S. The state starts anew wherever the id differs from that of the token before, and without
         ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
+      key_mask: booleans [B, S], the keys that count, all by default; others add nothing (time passes for them), whatever they hold.
       scale: a factor of phi(q), 1 by default.
       chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128 on a TPU, 16 on a GPU), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
@@ -143,6 +144,10 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         segment_ids = check_integers("segment_ids", segment_ids, ranks=(2,))
         if s != t or segment_ids.shape != (b, t):
             raise ValueError(f"segment_ids: expected shape {[b, t]} and as many keys as queries, got {describe(segment_ids)} and {s} keys")
+    if key_mask is not None:
+        key_mask = as_array("key_mask", key_mask, "booleans")
+        if key_mask.shape != (b, s) or key_mask.dtype != bool:
+            raise ValueError(f"key_mask: expected booleans {[b, s]}, got {describe(key_mask)}")
     if normalizer_floor is not None and not (normalize and isinstance(normalizer_floor, (int, float)) and normalizer_floor > 0):
         raise ValueError(f"normalizer_floor: expected None or, with normalize=True, a positive number, got {normalizer_floor!r}")
     if chunk_size is not None and check_integer("chunk_size", chunk_size, least=1) & (chunk_size - 1):
@@ -157,7 +162,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     implementation, kernels = prefer(implementation, served, lambda: (implementation or "chunked", None))
     plan = _Plan(implementation, is_causal, feature_map or _identity, normalize, normalizer_floor,
                  1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, kernels)
-    out, state = _attend(plan, query, key, value, log_decay, segment_ids, state)
+    out, state = _attend(plan, query, key, value, log_decay, segment_ids, key_mask, state)
     return (out, state) if return_state else out
 
 
@@ -198,6 +203,18 @@ def step(state: LinearState, query: Float[Array, "B t N H"], key: Float[Array, "
                                   normalizer_floor=normalizer_floor, feature_map=feature_map, initial_state=state, return_state=True,
                                   scale=scale, chunk_size=chunk_size, implementation=implementation)
     return state, out
+
+
+def elu_plus_one(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """``elu(x) + 1``: x + 1 where x > 0 and e^x elsewhere, so positive everywhere.
+
+    Source: Angelos Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020, arXiv 2006.16236.
+
+    >>> import jax.numpy as jnp
+    >>> elu_plus_one(jnp.array([-100.0, 0.0, 2.0]))[1:]
+    Array([1., 3.], dtype=float32)
+    """
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
 
 # Checks -------------------------------------------------------------------------------------------------------------
@@ -253,7 +270,7 @@ def _check_implementation(implementation, is_causal, axis_name):
 
 
 @partial(jax.jit, static_argnums=0)
-def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
+def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, key_mask, state):
     """``(out, state)`` of checked arguments."""
     heads, dtype = state.memory.shape[1], state.memory.dtype
     memory = state.memory
@@ -264,14 +281,16 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         log_decay = jnp.broadcast_to(log_decay.astype(dtype), (*key.shape[:2], heads, log_decay.shape[-1]))
+    counted = None if key_mask is None else key_mask[..., None, None]
     if segment_ids is not None:
         valid = (segment_ids >= 0)[..., None, None]
-        # Features may be singular at 0, so what is skipped holds ones.
-        query, key, value = jnp.where(valid, query, 1), jnp.where(valid, key, 1), jnp.where(valid, value, 0)
-        log_decay = None if log_decay is None else jnp.where(valid, log_decay, 0)
+        query, log_decay = jnp.where(valid, query, 1), None if log_decay is None else jnp.where(valid, log_decay, 0)
+        counted = valid if counted is None else valid & counted
+    if counted is not None:  # features may be singular at 0, so what is skipped holds ones
+        key, value = jnp.where(counted, key, 1), jnp.where(counted, value, 0)
     if plan.fused:
         query, key = (plan.features(x.astype(dtype)).astype(x.dtype) for x in (query, key))
-        key = key if segment_ids is None else jnp.where(valid, key, 0)
+        key = key if counted is None else jnp.where(counted, key, 0)
 
     attend = _causal if plan.is_causal else _unordered
     out, memory = attend(plan, query, key, value, log_decay, segment_ids, memory)
@@ -282,8 +301,18 @@ def _attend(plan: _Plan, query, key, value, log_decay, segment_ids, state):
     return (out if segment_ids is None else jnp.where(valid, out, 0)).astype(query.dtype), state
 
 
-def _restarts(segment_ids, axis_name, reverse):
-    """Where the id differs from that of the last token before it that is not padding, [B, T]."""
+def restarts(segment_ids: Int[Array, "B T"], axis_name: Hashable | None = None, reverse: bool = False) -> Bool[Array, "B T"]:
+    """Where the state starts anew: where the id differs from that of the last token before it that is not padding.
+
+    Args:
+      segment_ids: int [B, T]; negative ids are padding.
+      axis_name: the mesh axis over which T is sharded, inside ``jax.shard_map``.
+      reverse: whether the sequence is read from the last device to the first.
+
+    >>> import jax.numpy as jnp
+    >>> restarts(jnp.array([[-1, 0, -1, 0, 1]]))
+    Array([[False, False, False, False,  True]], dtype=bool)
+    """
 
     def forward(earlier, later):
         return jnp.where(later >= 0, later, earlier)
@@ -300,9 +329,9 @@ def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=Fal
     if not query.shape[1]:
         return jnp.zeros((*query.shape[:3], value.shape[3]), memory.dtype), memory
     if segment_ids is not None:
-        restarts = _restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
+        anew = restarts(segment_ids, plan.axis_name, reverse)[..., None, None]
         log_decay = jnp.zeros((1, 1, key.shape[2], 1), memory.dtype) if log_decay is None else log_decay
-        log_decay = jnp.where(restarts, -jnp.inf, log_decay)
+        log_decay = jnp.where(anew, -jnp.inf, log_decay)
     if plan.axis_name is None:
         return plan.form(query, key, value, log_decay, memory)
     return forms.over_devices(plan.form, query, key, value, log_decay, memory, axis_name=plan.axis_name, reverse=reverse)
@@ -311,7 +340,7 @@ def _causal(plan, query, key, value, log_decay, segment_ids, memory, reverse=Fal
 def _unordered(plan, query, key, value, log_decay, segment_ids, memory):
     """Not causal: one sum over all keys or, in runs of equal ids, the sum up to a token and that from it on."""
     if plan.implementation == "parallel":
-        runs = None if segment_ids is None else jnp.cumsum(_restarts(segment_ids, None, False), axis=1)
+        runs = None if segment_ids is None else jnp.cumsum(restarts(segment_ids), axis=1)
         return forms.parallel_unordered(query, key, value, memory, features=plan.features, runs=runs)
     if segment_ids is None:
         return forms.unordered(query, key, value, memory, features=plan.features, axis_name=plan.axis_name)

@@ -20,7 +20,7 @@ from jax import lax
 from attnx.core.compat import psum_like
 from attnx.core.program import Data, partition
 from pallas_kernels import tile
-from pallas_kernels.parts import Exponential, Root
+from pallas_kernels.parts import Exponential, Extent, Root
 from pallas_kernels.terms import FusedTerms, SlopeTerms, StatisticTerms, WeightTerms
 
 
@@ -136,18 +136,24 @@ def _backward_backward(executor, terms, want_rows, saved, cotangents):
 backward.defvjp(_backward_forward, _backward_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def root(executor, which: Root, data: Data, earlier):
-    """The row statistic [B, K, G, T, 1] at which ``sum_j phi(s_ij, r) = target``; 0 for a row without keys."""
+def extent(executor, data: Data):
+    """The largest score of every row and the number of its keys, [B, K, G, T, 1] each; 0 for a row without keys. They have no gradient."""
     parts, dtype, bq = executor.program.parts, tile.accumulator_dtype(data.query.dtype), executor.tiling.bq
 
     def body(carry, q, k, v, rows, at, blocks, seed, masked):
         return tile.maximum_tile(parts, carry, q, k, at, blocks, masked=masked)
 
     init = lambda _: (jnp.full((bq, 1), tile.FLOOR, dtype), jnp.zeros((bq, 1), dtype))
-    top, count = executor.fold_rows(data, init, body, lambda carry: carry)
+    top, count = executor.fold_rows(jax.tree.map(lax.stop_gradient, data), init, body, lambda carry: carry)
+    return jnp.where(count > 0, top, 0), count
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def root(executor, which: Root, data: Data, earlier):
+    """The row statistic [B, K, G, T, 1] at which ``sum_j phi(s_ij, r) = target``; 0 for a row without keys."""
+    top, count = extent(executor, data)
     some = count > 0
-    low, high = which.bracket(jnp.where(some, top, 0), jnp.where(some, count, 1))
+    low, high = which.bracket(top, jnp.where(some, count, 1))
 
     def step(state):
         low, high, r, _, n = state
@@ -159,7 +165,7 @@ def root(executor, which: Root, data: Data, earlier):
         new = jnp.where(some, new, 0)
         return low, high, new, executor.maximum(jnp.abs(new - r) / (1 + jnp.abs(r))), n + 1
 
-    settled = 4 * jnp.finfo(dtype).eps
+    settled = 4 * jnp.finfo(top.dtype).eps
     state = (low, high, jnp.where(some, low, 0), executor.maximum(top - top + 1), 0)
     return lax.while_loop(lambda state: (state[3] > settled) & (state[4] < 64), step, state)[2]
 
@@ -187,8 +193,12 @@ def statistics(executor, data: Data):
     """Every row statistic of the call's weights, in order: a tuple of [B, K, G, T, 1]."""
     data = data._replace(value=None)
     rows: tuple[jax.Array, ...] = ()
+    extents = None
     for which in executor.program.parts.weights.statistics:
-        if isinstance(which, Exponential):
+        if isinstance(which, Extent):
+            extents = extents or extent(executor, data)
+            r = extents[which.value]
+        elif isinstance(which, Exponential):
             r = attend(executor, which, data)[1]
         elif isinstance(which, Root):
             r = root(executor, which, data, _given(rows))
@@ -206,7 +216,10 @@ def row_operands(program, data: Data):
 
 def apply(executor, data: Data, rows):
     """The output at given row statistics, [B, K, G, T, Hv]."""
-    return weigh(executor, WeightTerms(executor.program.parts.weights), data, _given(rows))[0]
+    out, totals = weigh(executor, WeightTerms(executor.program.parts.weights), data, _given(rows))
+    for total in totals:  # of normalised weights
+        out = out / jnp.where(total > 0, total, 1)
+    return out
 
 
 def _given(rows):

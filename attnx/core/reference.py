@@ -13,7 +13,7 @@ from attnx.core.operations import row_operands
 from attnx.core.program import Data, Program
 from attnx.core.tiling import Tiling, Where, over_lanes, pad_to_blocks
 from pallas_kernels import tile
-from pallas_kernels.parts import At, Exponential, Root
+from pallas_kernels.parts import At, Exponential, Extent, Root
 
 
 def scores(program: Program, data: Data):
@@ -53,12 +53,18 @@ def _log(total, m):
     return jnp.where(some, m + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
 
 
+def _extent(s, ok):
+    """The largest score and the number of keys of whole rows, 0 without keys."""
+    count = jnp.sum(ok, axis=-1, keepdims=True).astype(s.dtype)
+    top = jnp.max(jnp.where(ok, s, tile.FLOOR), axis=-1, keepdims=True, initial=tile.FLOOR)
+    return lax.stop_gradient(jnp.where(count > 0, top, 0)), count
+
+
 def _root(which: Root, s, ok, earlier, operands):
     """Bisection on the materialised row; ``custom_root`` supplies the implicit derivative, to any order."""
-    count = jnp.sum(ok, axis=-1, keepdims=True).astype(s.dtype)
+    top, count = _extent(s, ok)
     some = count > 0
-    top = jnp.max(jnp.where(ok, s, tile.FLOOR), axis=-1, keepdims=True, initial=tile.FLOOR)
-    low, high = jax.tree.map(lax.stop_gradient, which.bracket(jnp.where(some, top, 0), jnp.where(some, count, 1)))
+    low, high = which.bracket(top, jnp.where(some, count, 1))
 
     def excess(r):
         total = _over_keys(ok, which.phi(s, jnp.where(ok, r, 0), earlier, *operands))
@@ -81,7 +87,9 @@ def statistics(program: Program, data: Data, s, ok):
     rows: tuple[jax.Array, ...] = ()
     for which in program.parts.weights.statistics:
         given = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
-        if isinstance(which, Exponential):
+        if isinstance(which, Extent):
+            r = _extent(s, ok)[which.value]
+        elif isinstance(which, Exponential):
             _, total, m = _residual(which, s, ok, operands)
             r = _log(total, m)
         elif isinstance(which, Root):
@@ -99,8 +107,18 @@ def weights(program: Program, data: Data, s, ok):
     if isinstance(chosen, Exponential):
         num, total, m = _residual(chosen, s, ok, operands)
         return jnp.where(ok & (total > 0), num / jnp.where(total > 0, total, 1), 0), _log(total, m)
-    rows = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in statistics(program, data, s, ok))
-    return jnp.where(ok, chosen.weight(s, rows, *operands), 0), None
+    return given(program, data, s, ok, statistics(program, data, s, ok)), None
+
+
+def given(program: Program, data: Data, s, ok, rows):
+    """The weights at given row statistics."""
+    chosen = program.parts.weights
+    rows = tuple(jnp.where(ok, tile.given_rows(r), 0) for r in rows)
+    w = jnp.where(ok, chosen.weight(s, rows, *data.operands.weights), 0)
+    if chosen.normalized:
+        total = _over_keys(ok, w)
+        w = w / jnp.where(total > 0, total, 1)
+    return w
 
 
 def at_pairs(program: Program, data: Data):

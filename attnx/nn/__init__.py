@@ -6,6 +6,7 @@ from attnx.nn.block import TransformerBlock
 from attnx.nn.common import constrain, logical_axes
 from attnx.nn.embedding import Embedding
 from attnx.nn.frozen import Constant
+from attnx.nn.layers import Layers, unstack
 from attnx.nn.lstm import LSTMState, StackedLSTM
 from attnx.nn.mlp import MLP
 from attnx.nn.norms import HeadNorm, make_norm
@@ -13,5 +14,5 @@ from attnx.nn.recording import record
 from attnx.nn.stack import Stack
 from attnx.nn.switch import set_mechanism
 
-__all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "LSTMState", "MLP", "SelfState", "Stack", "StackedLSTM", "TransformerBlock",
-           "as_attention_fn", "constrain", "logical_axes", "make_norm", "record", "set_mechanism"]
+__all__ = ["Attention", "Constant", "CrossState", "Embedding", "HeadNorm", "LSTMState", "Layers", "MLP", "SelfState", "Stack", "StackedLSTM", "TransformerBlock",
+           "as_attention_fn", "constrain", "logical_axes", "make_norm", "record", "set_mechanism", "unstack"]

@@ -25,7 +25,8 @@ class TransformerBlock(nnx.Module):
     Args:
       features: D, size of the residual stream.
       attention: a module called like :class:`attnx.nn.Attention`, attending within the sequence.
-      mlp: a module [B, T, D] -> [B, T, D], or None for a block of attention alone.
+      mlp: a module [B, T, D] -> [B, T, D], or None for a block of attention alone. One that has a method ``step`` mixes tokens itself: it is called like ``attention``
+        and has a state of its own.
       cross_attention: a module like ``attention`` that reads a context, or None.
       norm: 'rms', 'layer' or a constructor, see :func:`attnx.nn.make_norm`.
       norm_epsilon: added to the variance in 'rms' and 'layer'.
@@ -81,28 +82,36 @@ class TransformerBlock(nnx.Module):
         self._check(x, context)
         hooks, cross_hooks = split_hooks(hooks)
         inner, cross, *outer = (None,) * 5 if dropout_key is None else jax.random.split(dropout_key, 5)
-        x = self._add(x, self.attention_norm, outer[0], lambda y: self.attention(
-            y, positions=positions, segment_ids=segment_ids, dropout_key=inner, hooks=hooks, layer=layer))
+        x = self.attend(x, positions=positions, segment_ids=segment_ids, dropout_keys=(inner, outer[0]), hooks=hooks, layer=layer)
         if self.cross_attention is not None:
             x = self._add(x, self.cross_norm, outer[1], lambda y: self.cross_attention(
                 y, context, positions=positions, context_positions=context_positions, dropout_key=cross, hooks=cross_hooks,
                 layer=layer))
-        return x if self.mlp is None else self._add(x, self.mlp_norm, outer[2], self.mlp)
+        if self.mlp is None:
+            return x
+        feed = self.mlp if not hasattr(self.mlp, "step") else lambda y: self.mlp(y, positions=positions, segment_ids=segment_ids)
+        return self._add(x, self.mlp_norm, outer[2], feed)
+
+    def attend(self, x: Float[Array, "B T D"], *, positions=None, segment_ids=None, dropout_keys=(None, None), hooks=None, layer=0) -> Float[Array, "B T D"]:
+        """The first sub-layer alone: attention with its norm and its residual, [B, T, D] to the same; the keys are those inside attention and after it."""
+        return self._add(x, self.attention_norm, dropout_keys[1], lambda y: self.attention(
+            y, positions=positions, segment_ids=segment_ids, dropout_key=dropout_keys[0], hooks=hooks, layer=layer))
 
     def init_state(self, batch: int, max_length: int, *, context: Float[Array, "B S E"] | None = None,
-                   context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> tuple[Any, Any]:
-        """The state of a block that has seen nothing: ``(attention state, cross-attention state or None)``."""
+                   context_positions: Int[Array, "*B S"] | None = None, dtype=None) -> tuple[Any, ...]:
+        """The state of a block that has seen nothing: ``(attention state, cross-attention state or None)``, and that of an MLP that has one."""
         cross = None
         if self.cross_attention is not None:
             cross = self.cross_attention.init_state(batch, max_length, context=context, context_positions=context_positions,
                                                     dtype=dtype)
-        return self.attention.init_state(batch, max_length, dtype=dtype), cross
+        mixing = () if not hasattr(self.mlp, "step") else (self.mlp.init_state(batch, max_length, dtype=dtype),)
+        return self.attention.init_state(batch, max_length, dtype=dtype), cross, *mixing
 
-    def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[tuple[Any, Any], Float[Array, "B t D"]]:
+    def step(self, state, x: Float[Array, "B t D"], *, hooks: Hooks | None = None, layer=0) -> tuple[tuple[Any, ...], Float[Array, "B t D"]]:
         """One block over the next tokens x [B, t, D]: ``(state, [B, t, D])``."""
         check_sequence("x", x, self.features)
         hooks, cross_hooks = split_hooks(hooks)
-        own, cross = state
+        own, cross, *mixing = state
 
         def attend(y):
             nonlocal own
@@ -114,10 +123,17 @@ class TransformerBlock(nnx.Module):
             cross, y = self.cross_attention.step(cross, y, hooks=cross_hooks, layer=layer)
             return y
 
+        def feed(y):
+            if not mixing:
+                return self.mlp(y)
+            mixing[0], y = self.mlp.step(mixing[0], y)
+            return y
+
         x = self._add(x, self.attention_norm, None, attend)
         if self.cross_attention is not None:
             x = self._add(x, self.cross_norm, None, attend_context)
-        return (own, cross), x if self.mlp is None else self._add(x, self.mlp_norm, None, self.mlp)
+        x = x if self.mlp is None else self._add(x, self.mlp_norm, None, feed)
+        return (own, cross, *mixing), x
 
     def _add(self, x, norm, key, f):
         pre, tokens = self.norm_position == "pre", rows(x)

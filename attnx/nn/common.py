@@ -57,3 +57,10 @@ def check_sequence(name: str, x: jax.Array, features: int):
     """Raises ValueError unless ``x`` is [B, T, features]."""
     if x.ndim != 3 or x.shape[-1] != features:
         raise ValueError(f"{name}: expected shape [B, T, D] with D = {features}, got {x.shape}")
+
+
+def refuse(reason: str, **given):
+    """Raises NotImplementedError, with the reason, for arguments that a module called like attention is given but has no use for."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, dict) or value):
+            raise NotImplementedError(f"{name}: expected None, {reason}")

@@ -4,6 +4,7 @@ from attnx import lazy
 from attnx.sparse.topk_blocks import topk_blocks
 
 _LAZY = {
+    "bernoulli_sampling": ("YosoAttention", "bucket_cumulate", "bucket_query", "lsh_codes", "yoso_expectation", "yoso_sample"),
     "mixture_of_blocks": ("MoBA", "moba", "moba_attention", "moba_dispatch", "moba_gate", "moba_layers"),
 }
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attnx.core import linear
 from attnx.core.linear import LinearState, linear_attention
+from attnx.mechanism import recurrent
 
 B, T, N, K, H, HV = 2, 37, 4, 2, 5, 3
 
@@ -282,6 +283,39 @@ def test_padding_reaches_nothing(x64):
         assert not jnp.where(skipped, x, 0).any()
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_keys_that_do_not_count(x64, is_causal):
+    """A key mask leaves keys out of sums and normaliser, whatever they hold; where causal time passes for them."""
+    (query, key, value, log_decay, _), _, _, _ = case("constant")
+    query, key, seen = abs(query), abs(key), jnp.arange(T) % 3 != 1
+    mask, decay = jnp.broadcast_to(seen, (B, T)), log_decay if is_causal else None
+    spoiled = [jnp.where(seen[:, None, None], x, jnp.nan) for x in (key, value)]
+    scores = jnp.einsum("btnh,bsnh->btns", query, jnp.repeat(key, N // K, axis=2)) * seen
+    if is_causal:
+        between = jnp.arange(T)[:, None] - jnp.arange(T)
+        scores *= jnp.where(between >= 0, jnp.exp(log_decay[:, None, None] * between), 0).transpose(1, 0, 2)
+    expected = jnp.einsum("btns,bsnv->btnv", scores / scores.sum(-1, keepdims=True), jnp.repeat(value, N // K, axis=2))
+    for implementation in ("parallel", "chunked", *(["recurrent"] if is_causal else [])):
+        out = linear_attention(query, *spoiled, log_decay=decay, key_mask=mask, normalize=True, is_causal=is_causal, implementation=implementation)
+        np.testing.assert_allclose(out[:, 1:], expected[:, 1:], atol=1e-12)
+
+
+def test_mechanism_of_an_encoder(x64):
+    """Not causal, padding of the context is left out, on a mesh too; there is no streaming form."""
+    (query, key, value, _, _), _, _, _ = case("constant", length=16)
+    query, key, places = abs(query)[:, :8], abs(key), jnp.where(jnp.arange(16) < 11, jnp.arange(16), -1)
+    mechanism = recurrent(normalize=True, is_causal=False)
+    expected = linear_attention(query, key[:, :11], value[:, :11], normalize=True, is_causal=False)
+    attend = jax.jit(lambda *args: mechanism(*args, key_positions=places))
+    np.testing.assert_allclose(attend(query, key, value), expected, atol=1e-12)
+    with jax.set_mesh(jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))):
+        np.testing.assert_allclose(jax.jit(lambda *args: mechanism(*args, key_positions=places))(query, key, value), expected, atol=1e-12)
+    with pytest.raises(NotImplementedError, match="is_causal=False"):
+        mechanism.init(1, 4, K, H, HV, jnp.float32)
+    with pytest.raises(ValueError, match="log_decay: expected None"):
+        recurrent(log_decay=jnp.zeros(2), is_causal=False)
+
+
 def test_nothing_to_attend_to(x64):
     # Opposite signs make denominators of exactly 0, padding leaves the others without a key.
     query = key = jnp.array([1.0, -1.0, 1.0, 1.0]).reshape(1, 4, 1, 1)
@@ -380,6 +414,7 @@ QUERY, KEY = jnp.ones((2, 6, 4, 8)), jnp.ones((2, 6, 2, 8))
     ({"log_decay": "slow"}, TypeError, "log_decay"),
     ({"log_decay": jnp.zeros(4), "is_causal": False}, ValueError, "log_decay: expected None with is_causal=False"),
     ({"segment_ids": jnp.zeros((2, 5), int)}, ValueError, "segment_ids: expected shape"),
+    ({"key_mask": jnp.ones((2, 5), bool)}, ValueError, "key_mask: expected booleans [2, 6]"),
     ({"segment_ids": jnp.zeros((2, 6))}, TypeError, "segment_ids: expected integers"),
     ({"segment_ids": jnp.zeros((2, 6), int), "key": KEY[:, :5], "value": KEY[:, :5], "is_causal": False}, ValueError, "segment_ids"),
     ({"initial_state": jnp.zeros((2, 2, 8, 8))}, TypeError, "initial_state: expected a LinearState"),

@@ -12,6 +12,7 @@ from jax import lax
 
 import attnx
 from attnx import masks, scores, weights
+from attnx.core import edges, halves
 from pallas_kernels.parts import part
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -211,6 +212,45 @@ def test_root_statistic():
         return jnp.where(ok, jax.nn.softplus(s - (r + excess(r) / slope)), 0), None
 
     assert_is(weigh, lambda _: dict(weights=Budget()), (), tolerance=1e-10)
+
+
+@part
+class Peaked(weights.Weights):
+    """w = e^((s - top) log n) over its sum, n the number of allowed keys and top a scale that cancels."""
+
+    statistics = (weights.Extent.MAXIMUM, weights.Extent.COUNT)
+    normalized = True
+
+    def weight(self, s, statistics):
+        top, count = statistics
+        return jnp.exp((s - top) * jnp.log(jnp.maximum(count, 1)))
+
+
+def test_extents_and_normalised_weights():
+    """The largest score and the number of keys of a row; weights that are divided by their sum."""
+    def weigh(s, ok, _):
+        return oracles.softmax(s * jnp.log(ok.sum(-1, keepdims=True)), ok), None
+
+    assert_is(weigh, lambda _: dict(weights=Peaked()), ())
+
+
+def test_extents_and_normalised_weights_over_edges():
+    """Over edges, the same weights are softmax with the number of edges as its temperature's inverse."""
+    s, ids = normal(0, 9, 2), jnp.array([0, 2, 2, 0, -1, 2, 0, 2, 3])
+    count = jnp.array([3, 0, 4, 1, 0])
+    expected = edges.segment_softmax(s * jnp.log(jnp.maximum(count, 1))[ids][:, None], ids, 4)
+    assert_agree(edges.segment_weights(s, ids, 4, Peaked()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.sliding_window(4), masks.causal() & masks.documents(jnp.arange(T)[None] // 5)], ids=repr)
+def test_visible_counts(mask):
+    """By formula, and by a pass over the pairs, padding left out."""
+    query, key = jnp.zeros((B, T, N, 1)), jnp.zeros((B, T, K, 1))
+    for positions in (None, jnp.where(jnp.arange(T) < T - 3, jnp.arange(T), -1)):
+        given = dict(query_positions=positions, key_positions=positions)
+        seen = attnx.attention_weights(query, key, mask=mask, weights=weights.sigmoid(), **given) > 0
+        got = halves.visible_counts(mask, B, T, T, heads=N, **given)
+        assert_agree(got, seen.sum(-1).transpose(0, 2, 1))
 
 
 # Operands ---------------------------------------------------------------------------------------------------------------

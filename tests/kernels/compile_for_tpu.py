@@ -36,6 +36,7 @@ def main():
             weights=weights.softpick(), mask=masks.documents(ids), scores=(columns, table, scores.alibi(2)), dropout_rate=0.1, dropout_key=jax.random.key(0)),
         "sigmoid, bias, boolean mask": dict(weights=weights.sigmoid(), mask=masks.explicit(jnp.ones((t, t), bool)), scores=scores.bias(jnp.zeros((2, t, t)))),
         "entmax, soft cap": dict(weights=weights.entmax15(), scores=scores.soft_cap(jnp.float32(30))),
+        "re-weighted softplus": dict(weights=weights.lssa(power=15), mask=masks.causal()),
         "odd lengths, given positions": dict(length=500, mask=masks.causal(), query_positions=jnp.arange(500), key_positions=jnp.arange(500)),
     }
     found = errors({name: partial(compile_for_tpu, **{"length": t, **parts}) for name, parts in cases.items()})

@@ -30,6 +30,6 @@ logits = Linear(LN(mean over latents)),    all blocks after the first share thei
     claim="Reading raw pixels with position features, it classifies as well in a fixed random order of the pixels, where a convolutional network fails, and its "
           "cost is linear in the number of pixels.",
     examples=(Example(classify, {"params": parameters(maker()), "x": "bsc", "positions": Input("sp", jnp.tanh), "seen": SEEN}, "bo",
-                      executions=("reference", "blockwise", "pallas"), mask="seen", empty="finite", linear="s", sizes={"c": 3, "p": 2, "o": 5}),),
+                      executions=("reference", "blockwise"), mask="seen", empty="finite", linear="s", sizes={"c": 3, "p": 2, "o": 5}),),
     notes="Keys and values of the inputs are projected once for all blocks that share weights. The first block shares nothing, as in the paper.",
 )
