@@ -1,7 +1,7 @@
 """The paper: with a compressive memory a 1B model, fine-tuned on 5K tokens, finds a passkey in a million, an 8B model summarises books best, and the memory is 114
 times smaller than a cache.
 
-Here: two-layer models (width 64, four heads, rotary positions) are trained 600 steps on 32 sequences of 96 tokens: twelve keys are given one of eight values each,
+Here: two-layer models (width 64, four heads, rotary positions) are trained 400 steps on 16 sequences of 64 tokens: twelve keys are given one of eight values each,
 filler follows, and at the end all keys are asked for. Attention sees segments of 16 tokens and, with the linear or the delta rule, a memory of those before; or
 segments alone; or all that came before. Then all are asked after filler for sequences of 1024 tokens. The claim holds if segments alone are at chance (an eighth,
 up to five points more), both memories answer more than 60%, the delta rule no less than the linear one (by half a point), and both lose less than 20 points in the
@@ -21,7 +21,7 @@ from experiments.fit import accuracy, cross_entropy, fit, functional
 from experiments.tasks import stored_pairs
 from experiments.tiny import Tiny
 
-FEATURES, HEADS, LAYERS, SEGMENT, LENGTH, LONGER = 64, 4, 2, 16, 96, 1024
+FEATURES, HEADS, LAYERS, SEGMENT, LENGTH, LONGER = 64, 4, 2, 16, 64, 1024
 
 
 def _infini(rule):
@@ -44,7 +44,7 @@ def run(trial: Trial):
         model = Tiny(FEATURES, [attention] * LAYERS, inputs=stored_pairs.VOCABULARY, outputs=stored_pairs.VALUES, rngs=nnx.Rngs(trial.seed))
         params, apply = functional(model)
         loss = lambda params, batch, key, apply=apply: cross_entropy(stored_pairs.answer(apply, params, batch[0]), batch[1])
-        params = fit(loss, params, stored_pairs.sampler(LENGTH, 32), steps=trial.scaled(600), trial=trial.part(index / len(ARMS), (index + 1) / len(ARMS)), name=name)
+        params = fit(loss, params, stored_pairs.sampler(LENGTH, 16), steps=trial.scaled(400), trial=trial.part(index / len(ARMS), (index + 1) / len(ARMS)), name=name)
         for length in (LENGTH, LONGER):
             tokens, answers = stored_pairs.sampler(length, trial.scaled(64, 4))(jax.random.key(10_000 + trial.seed))
             measured[f"{name} {length}"] = accuracy(jax.jit(lambda params, tokens, apply=apply: stored_pairs.answer(apply, params, tokens))(params, tokens), answers)
