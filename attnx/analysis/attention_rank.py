@@ -19,8 +19,8 @@ def spectrum(weights: Float[Array, "... T S"]) -> Float[Array, "... R"]:
       [..., min(T, S)] in at least float32, rising to 1; zeros for a matrix of zeros. O(T S min(T, S)).
 
     >>> import jax.numpy as jnp
-    >>> spectrum(jnp.eye(4)).round(3), spectrum(jnp.ones((2, 3)) / 3).round(3)
-    (Array([0.25, 0.5 , 0.75, 1.  ], dtype=float32), Array([1., 1.], dtype=float32))
+    >>> [f"{share:.2f}" for share in spectrum(jnp.eye(4))], [f"{share:.2f}" for share in spectrum(jnp.ones((2, 3)) / 3)]
+    (['0.25', '0.50', '0.75', '1.00'], ['1.00', '1.00'])
     """
     weights = checks.check_real("weights", weights)
     if weights.ndim < 2:

@@ -236,7 +236,7 @@ class AgentAttention(nnx.Module):
           ValueError: another number of tokens. NotImplementedError: positions, segment_ids or hooks.
         """
         check_sequence("x", x, self.features)
-        for name, given in (("positions", positions), ("segment_ids", segment_ids), ("hooks", hooks)):
+        for name, given in (("positions", positions), ("segment_ids", segment_ids), ("hooks", hooks or None)):
             if given is not None:
                 raise NotImplementedError(f"{name}: expected None, an image has neither padding nor documents")
         first = int(self.cls_token)

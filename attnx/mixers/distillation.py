@@ -144,6 +144,7 @@ def swap(model: nnx.Module, layer: int, student: nnx.Module, *, level: str = "AL
       ValueError: a layer or a level that does not exist, a model with a scanned stack.
 
     >>> import attnx
+    >>> from attnx.mixers import SentenceFF
     >>> from attnx.nn import Attention, Layers
     >>> block = TransformerBlock(8, attention=Attention(8, 2, mechanism=attnx.pairs(), rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     >>> model = Layers([block])
@@ -216,6 +217,7 @@ def distill_attention(student: nnx.Module, data: LayerIO, *, steps: int, batch_s
     Returns:
       The loss of each update, :func:`distillation_loss`.
 
+    >>> from attnx.mixers import SentenceFF
     >>> x = jax.random.normal(jax.random.key(0), (8, 3, 2))
     >>> data = LayerIO(x, x[:, ::-1], jnp.broadcast_to(jnp.arange(3), (8, 3)))
     >>> losses = distill_attention(SentenceFF(3, 2, 8, rngs=nnx.Rngs(0)), data, steps=200, batch_size=8, learning_rate=1e-2, key=jax.random.key(1))

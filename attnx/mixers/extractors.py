@@ -118,8 +118,8 @@ def extractor_me(x: Float[Array, "B T D"], params: ExtractorParams, *, index: Li
       index, scale, positions, segment_ids, implementation, returns, errors, cost: as in :func:`extractor_he`.
 
     >>> x, one = jnp.ones((1, 3, 1)), jnp.ones((1, 1))
-    >>> extractor_me(x, ExtractorParams(jnp.ones(3), one), scale="rsqrt_count")[0, :, 0].round(3)
-    Array([1.   , 1.414, 1.732], dtype=float32)
+    >>> extractor_me(x, ExtractorParams(jnp.ones(3), one))[0, :, 0]
+    Array([1., 2., 3.], dtype=float32)
     """
     return _extractor("ME", x, params, index, scale, positions, segment_ids, implementation)
 

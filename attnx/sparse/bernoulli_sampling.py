@@ -303,8 +303,8 @@ def yoso_sample(random_key: Array, query: Float[Array, "B T N H"], key: Float[Ar
     Source: Zhanpeng Zeng et al., "You Only Sample (Almost) Once: Linear Cost Self-Attention Via Bernoulli Sampling", 2021, arXiv 2111.09714.
 
     >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
-    >>> near = yoso_sample(jax.random.key(1), x, x, x, bits=4, hashes=4000) - yoso_expectation(x, x, x, bits=4)
-    >>> bool(jnp.abs(near).max() < 0.1)
+    >>> near = yoso_sample(jax.random.key(1), x, x, x, bits=4, hashes=1000) - yoso_expectation(x, x, x, bits=4)
+    >>> bool(jnp.abs(near).max() < 0.2)
     True
     """
     query, key, value = checks.check_query_key_value(query, key, value)

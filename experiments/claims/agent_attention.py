@@ -17,6 +17,7 @@ from flax import nnx
 
 import attnx
 from attnx import linear, pretrained
+from attnx.core.linear import elu_plus_one
 from attnx.nn import Attention, set_mechanism
 from experiments.evidence import Claim, Criterion, Trial
 from experiments.figures import bars
@@ -26,11 +27,6 @@ from experiments.timing import least_seconds
 from experiments.tiny import Tiny
 
 SIDE, LARGE, FEATURES, HEADS, AGENTS, STEPS, BATCH, TEXTS = 16, 32, 32, 2, 16, 250, 16, 24
-
-
-def elu_plus_one(x):
-    """The feature map of linear attention."""
-    return jax.nn.elu(x) + 1
 
 
 class Linear:

@@ -14,6 +14,7 @@ from flax import nnx
 
 import attnx
 from attnx import linear, masks
+from attnx.core.linear import elu_plus_one
 from attnx.nn import Attention
 from attnx.positions import Rotary
 from experiments.evidence import Claim, Criterion, Trial
@@ -24,11 +25,6 @@ from experiments.timing import least_seconds
 from experiments.tiny import Tiny
 
 FEATURES, HEADS, LENGTH, CONTEXTS, DECODED = 64, 4, 128, (256, 8192), 32
-
-
-def elu_plus_one(x):
-    """The feature map of linear attention."""
-    return jax.nn.elu(x) + 1
 
 
 def _attention(mechanism, **options):

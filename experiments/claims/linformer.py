@@ -47,8 +47,9 @@ def _maps(graph, params, tokens):
 
 def spectra(seed, count):
     """Cumulative singular values of the model's maps of passages: [layers, heads * passages, ranks]."""
-    tokens, _ = _model().encode(passages.texts(seed, count, shortest=1400, longest=2000))
-    maps = _maps(*nnx.split(_model().model), tokens[:, :TOKENS])
+    read = [encoding.ids for encoding in _model().tokenizer.encode_batch(passages.texts(seed, 40, shortest=1200, longest=1200))]
+    tokens = np.array([ids[:TOKENS] for ids in read if len(ids) >= TOKENS][:count])
+    maps = _maps(*nnx.split(_model().model), tokens)
     return np.asarray(jax.jit(jax.vmap(analysis.spectrum))(maps)).reshape(len(maps), -1, TOKENS)
 
 

@@ -55,7 +55,7 @@ def _error(key, query, key_, value, hashes):
 
 def errors(seed, sizes):
     """Of samples of so many hashes."""
-    tokens, _ = _model().encode(passages.texts(seed, 2, shortest=1000, longest=1200))
+    tokens, _ = _model().encode(passages.texts(seed, 2, shortest=800, longest=800))
     arrays = _read(*nnx.split(_model().model), tokens[:, :TOKENS])
     return [float(_error(jax.random.key(seed), *arrays, hashes=size)) for size in sizes]
 

@@ -104,6 +104,15 @@ def test_layer(cls_token):
     np.testing.assert_allclose(layer(x), expected.numpy(), atol=2e-5)
 
 
+def test_in_a_block():
+    """It is called as any attention is."""
+    layer = linear.AgentAttention(8, 2, grid=(2, 2), agents=1, rngs=nnx.Rngs(0))
+    block = nn.TransformerBlock(8, attention=layer, rngs=nnx.Rngs(0))
+    assert jax.eval_shape(block, jnp.ones((1, 4, 8))).shape == (1, 4, 8)
+    with pytest.raises(NotImplementedError, match="positions: expected None"):
+        layer(jnp.ones((1, 4, 8)), positions=jnp.arange(4))
+
+
 def test_patch():
     """A trained layer runs with agents, of the scales and shortcut that are given; few tokens go the full way."""
     layer = nn.Attention(16, N, mechanism=attnx.pairs(), rngs=nnx.Rngs(0))
