@@ -18,8 +18,8 @@ def log_variance(weights: Float[Array, "... T S"]) -> Float[Array, "..."]:
       [...], in float32 (float64 for float64).
 
     >>> import jax.numpy as jnp
-    >>> log_variance(jnp.full((4, 4), 0.25))
-    Array(0., dtype=float32)
+    >>> log_variance(jnp.exp(jnp.array([[0.0, 2.0], [2.0, 0.0]]))).round(5)
+    Array(1., dtype=float32)
     """
     weights = check_real("weights", weights)
     return jnp.var(jnp.log(weights.astype(jnp.promote_types(weights.dtype, jnp.float32))), axis=(-2, -1))

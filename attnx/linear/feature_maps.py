@@ -33,7 +33,7 @@ def symmetric_monomials(x: Float[Array, "*B H"]) -> Float[Array, "*B F"]:
     Product s H + a is of channels a and a + s (mod H): whole vectors rolled, no gather.
 
     >>> q, k = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 0.5, -1.0])
-    >>> symmetric_monomials(q).shape, float(symmetric_monomials(q) @ symmetric_monomials(k)), float((q @ k) ** 2)
+    >>> symmetric_monomials(q).shape, round(float(symmetric_monomials(q) @ symmetric_monomials(k)), 5), float((q @ k) ** 2)
     ((6,), 1.0, 1.0)
     """
     size = x.shape[-1]
