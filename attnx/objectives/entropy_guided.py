@@ -69,8 +69,12 @@ class _Entropy(Weights):
 
     temperature: Any = None
 
-    operands = Softmax.operands
-    statistics = property(lambda self: (Softmax(None, self.temperature), Sum(_surprise, _itself)))
+    def operands(self, sizes):
+        return Softmax(None, self.temperature).operands(sizes)
+
+    @property
+    def statistics(self):
+        return Softmax(None, self.temperature), Sum(_surprise, _itself)
 
 
 def row_entropy(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], *, temperature=None, **options) -> Float[Array, "B T N"]:

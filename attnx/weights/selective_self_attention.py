@@ -230,8 +230,8 @@ class SelectiveSelfAttention(Attention):
                   context_features=layer.context_features, mask=mechanism.mask, scores=mechanism.scores, scale=mechanism.scale,
                   dropout_rate=mechanism.dropout_rate, implementation=mechanism.implementation, dtype=layer.dtype, beta=beta, rngs=rngs, **options)
         for name in ("query", "key", "value", "out", "query_norm", "key_norm", "output_norm", "gate", "position"):
-            part = getattr(layer, name)
-            setattr(new, name, nnx.data(part) if part is None else part)
+            taken = getattr(layer, name)
+            setattr(new, name, nnx.data(taken) if taken is None else taken)
         return new
 
     def extras(self, x):

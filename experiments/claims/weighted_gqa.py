@@ -24,7 +24,6 @@ FEATURES, HEADS, BLOCKS, LENGTH, BATCH = 64, 8, 2, 128, 8
 GROUPS = (2, 4)
 ALL_TRIED = 2  # the number of heads with which all arms are tried
 ARMS = {"mean": dict(), "weighted": dict(variant="scalar"), "by channel": dict(variant="column"), "random": dict(variant="scalar", init="normal")}
-
 CHOICES = {f"{arm}, {groups}": (arm, groups) for groups in GROUPS for arm in ARMS if groups == ALL_TRIED or arm in ("mean", "weighted")}
 
 
