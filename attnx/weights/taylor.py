@@ -37,7 +37,7 @@ def taylor(order: int = 2) -> Exponential:
 
     >>> import attnx, jax.numpy as jnp
     >>> q, k = jnp.ones((1, 1, 1, 1)), jnp.array([1.0, -1.0]).reshape(1, 2, 1, 1)
-    >>> attnx.attention_weights(q, k, weights=attnx.weights.taylor(2))[0, 0, 0].round(3)  # 2.5 and 0.5
-    Array([0.833, 0.167], dtype=float32)
+    >>> attnx.attention_weights(q, k, weights=attnx.weights.taylor(2))[0, 0, 0] * 3  # 2.5 and 0.5 of 3
+    Array([2.5, 0.5], dtype=float32)
     """
     return Taylor(check_integer("order", order, least=1))
