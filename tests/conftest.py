@@ -26,6 +26,7 @@ if CACHE:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A file's tests run in one process, as they share what they compile; but not those that have little in common."""
     for item in items:
