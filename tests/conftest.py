@@ -26,14 +26,6 @@ if CACHE:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """A file's tests run in one process, as they share what they compile; but not those that have little in common."""
-    for item in items:
-        if item.path.name not in ("test_contracts.py", "test_doctests.py"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-
-
 MAPPINGS = 30_000
 """Memory mappings after which a process forgets what it compiled: every executable holds a few, and Linux allows 65530."""
 
