@@ -130,16 +130,20 @@ def _measure(run: Run, train: training.Corpus, spans: training.Spans, meter: Met
     params = run.train(prepared, train, report=report, notify=lambda message: console.print(f"{run.name}: {message}", highlight=False))
     records = run.metrics.read()
     meter.at(before + steps, f"{run.name}: evaluating")
-    longer = run.model.evaluate(params, spans)
-    cut = _cut(spans, run.recipe.length)
-    prompt = spans.tokens[spans.valid.all(axis=1)][0, 1:65].astype(np.uint8).tobytes()
-    sample = bytes(run.model.stream(params, prompt, 160, temperature=0.7))
+    cut, reach = _cut(spans, run.recipe.length), LONGER * run.recipe.length
+    if run.model.reads(reach):
+        most, longest = run.model.evaluate(params, spans), spans
+        longer = _per_file(most, spans)
+    else:  # weights that stand at positions
+        most, longest, longer, reach = run.model.evaluate(params, cut), cut, None, run.recipe.length
+    prompt = spans.tokens[spans.valid.all(axis=1)][0, 1:1 + min(64, reach // 2)].astype(np.uint8).tobytes()
+    sample = bytes(run.model.stream(params, prompt, min(160, reach - len(prompt) - 1), temperature=0.7))
     result = {"mechanism": run.name, **_per_file(run.model.evaluate(params, cut), cut),
-              "longer": _per_file(longer, spans), "by_position": (np.sum(longer * spans.valid, axis=0) / np.sum(spans.valid, axis=0)).tolist(),
+              "longer": longer, "by_position": (np.sum(most * longest.valid, axis=0) / np.sum(longest.valid, axis=0)).tolist(),
               "tokens_per_second": steps * run.recipe.batch * run.recipe.length / records[-1]["seconds"],
               "memory_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
               - memory.alias_size_in_bytes,
-              "state_bytes": run.model.state_bytes(LONGER * run.recipe.length),
+              "state_bytes": run.model.state_bytes(reach),
               "parameters": sum(x.size for x in jax.tree.leaves(params)),
               "prompt": prompt.decode(errors="replace"), "sample": sample.decode(errors="replace")}
     _write(file, result)

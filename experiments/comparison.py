@@ -17,7 +17,7 @@ def table(summary: dict[str, Any]) -> Table:
     """What the mechanisms reached, and what n-gram models do."""
     length = summary["options"]["length"]
     ranked = sorted(summary["mechanisms"], key=lambda row: row["bits_per_byte"])
-    longer, recall = len(ranked[0]["by_position"]), "recall" in ranked[0]
+    longer, recall = _longest(summary), "recall" in ranked[0]
     result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
                    box=box.SIMPLE, padding=(0, 0, 0, 1))
     result.add_column("", no_wrap=True)
@@ -27,7 +27,7 @@ def table(summary: dict[str, Any]) -> Table:
     for row in summary["ngrams"]:
         result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
     for row in ranked:
-        result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]), f"{row['tokens_per_second']:,.0f}",
+        result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]) if row["longer"] else "", f"{row['tokens_per_second']:,.0f}",
                        _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]), *([f"{row['recall']:.1%}"] if recall else []))
     return result
 
@@ -45,9 +45,10 @@ def draw(summary: dict[str, Any], records: dict[str, list[dict[str, float]]], fi
     with _figure(file, 2) as (left, right):
         _curves(left, records)
         for row in summary["mechanisms"]:
-            position, cost = _by_octave(np.array(row["by_position"]))
-            right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}, at {len(row['by_position'])}: "
-                                                         f"{row['longer']['bits_per_byte']:.3f}")
+            position_costs = np.array(row["by_position"])
+            position, cost = _by_octave(position_costs)
+            right.plot(position, cost, marker=".", label=f"{row['mechanism']}: {row['bits_per_byte']:.3f}"
+                       + (f", at {len(position_costs)}: {row['longer']['bits_per_byte']:.3f}" if row["longer"] else ""))
         for row in summary["ngrams"]:
             right.axhline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
             right.annotate(f"order {row['order']}", (1, row["bits_per_byte"]), color="grey", fontsize="small", va="bottom")
@@ -63,13 +64,13 @@ def _draw_ranking(summary, file):
     from matplotlib import pyplot
 
     ranked = sorted(summary["mechanisms"], key=lambda row: -row["bits_per_byte"])
-    length, longer, places = summary["options"]["length"], len(ranked[0]["by_position"]), np.arange(len(ranked))
+    length, longer, places = summary["options"]["length"], _longest(summary), np.arange(len(ranked))
     recall = "recall" in ranked[0]
     figure, panels = pyplot.subplots(1, 1 + recall, figsize=(7 + 3 * recall, 1.5 + 0.24 * len(ranked)), layout="constrained", sharey=True, squeeze=False,
                                      width_ratios=(2, 1)[:1 + recall])
     cost = panels[0, 0]
     cost.plot([row["bits_per_byte"] for row in ranked], places, "o", color="#3366aa", label=f"length {length}")
-    cost.plot([row["longer"]["bits_per_byte"] for row in ranked], places, "o", color="#cc5544", fillstyle="none", label=f"length {longer}")
+    cost.plot([row["longer"]["bits_per_byte"] if row["longer"] else np.nan for row in ranked], places, "o", color="#cc5544", fillstyle="none", label=f"length {longer}")
     for row in summary["ngrams"]:
         cost.axvline(row["bits_per_byte"], color="grey", linewidth=0.8, linestyle=":")
         cost.annotate(f"order {row['order']}", (row["bits_per_byte"], places[-1] + 0.6), color="grey", fontsize="small", ha="center")
@@ -131,6 +132,11 @@ def _by_octave(values):
     edges = np.unique(np.minimum(2 ** np.arange(int(np.ceil(np.log2(len(values)))) + 1), len(values)))
     starts = np.concatenate([[0], edges[:-1]])
     return edges, np.array([values[start:end].mean() for start, end in zip(starts, edges)])
+
+
+def _longest(summary):
+    """The length that models are also evaluated at, if they can read so much."""
+    return max(len(row["by_position"]) for row in summary["mechanisms"])
 
 
 def _spread(row):

@@ -91,6 +91,11 @@ class LanguageModel:
         bits = [self._nats(params, batch) for batch in np.split(rows, len(rows) // size)]
         return np.concatenate([np.asarray(x) for x in bits])[:count] / math.log(2)
 
+    def reads(self, length: int) -> bool:
+        """Whether it can read that many tokens; not where it has weights for each position of fewer."""
+        reach = self.decoder(self.abstract).reach
+        return reach is None or length <= reach
+
     def state_bytes(self, length: int) -> int:
         """Bytes of the state from which the model goes on after up to ``length`` tokens."""
         state = jax.eval_shape(lambda params: self.decoder(params).init_state(1, length), self.abstract)

@@ -174,6 +174,11 @@ class CausalSentenceFF(nnx.Module):
         self.length, self.features, self.implementation = checks.check_integer("length", length, least=1), features, implementation
         self.network = _Network(length, features, hidden, outputs or features, param_dtype, rngs)
 
+    @property
+    def reach(self) -> int:
+        """The most tokens it reads."""
+        return self.length
+
     def __call__(self, x: Float[Array, "B T D"], *, positions: Int[Array, "*B T"] | None = None, segment_ids=None, dropout_key=None, hooks=None,
                  layer=0) -> Float[Array, "B T E"]:
         """[B, T, D] to [B, T, outputs]; arguments as in :class:`SentenceFF`. Later are tokens of later positions."""

@@ -37,7 +37,7 @@ def generate(model: Decoder, tokens: Int[Array, "B t"], length: int, *, temperat
       Integers [B], the next token of each row.
 
     Raises:
-      ValueError: for no tokens, a negative length or temperature, or a ``top_k`` that is no number of tokens.
+      ValueError: for no tokens, a length that is negative or more than the model can read, a negative temperature, or a ``top_k`` that is no number of tokens.
 
     Cost: the tokens before are read at once, up to 128 at a time; then each costs a step over the model's state.
 
@@ -54,6 +54,8 @@ def generate(model: Decoder, tokens: Int[Array, "B t"], length: int, *, temperat
         raise ValueError(f"tokens: expected integers of shape [B, t], t at least 1, got {tokens.dtype} {tokens.shape}")
     if length < 0:
         raise ValueError(f"length: expected 0 or more, got {length}")
+    if model.reach is not None and tokens.shape[1] + length > model.reach + 1:
+        raise ValueError(f"length: expected at most {model.reach + 1 - tokens.shape[1]} after {tokens.shape[1]} tokens, for the model reads {model.reach}, got {length}")
     if not temperature >= 0:
         raise ValueError(f"temperature: expected 0 or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
@@ -65,7 +67,8 @@ def _generate(model, tokens, length, temperature, top_k, key, hooks):
     graph, params = nnx.split(model)
     read = functools.partial(_step, graph, hooks, top_k)
     start, end = 0, tokens.shape[1]
-    state = model.init_state(tokens.shape[0], -(-(end + length) // _ROOM) * _ROOM)
+    room = -(-(end + length) // _ROOM) * _ROOM
+    state = model.init_state(tokens.shape[0], room if model.reach is None else min(room, model.reach))
     while start < end and length:
         size = next(size for size in _READ_AT_ONCE if size <= end - start)
         state, chosen = read(params, state, tokens[:, start:start + size], temperature, key)

@@ -51,6 +51,13 @@ class Transformer(nnx.Module):
 
         self.embedding_norm, self.norm = norm(config.embedding_norm), norm(config.norm_position == "pre")
 
+    @property
+    def reach(self) -> int | None:
+        """The most tokens it can read; None for any number. Learned positions end, and so do layers with weights for each position, which have a ``reach`` too."""
+        ends = [getattr(block.attention, "reach", None) for block in self.layers.blocks]
+        ends.append(None if self.embedding.positions is None else self.config.max_length)
+        return min((end for end in ends if end is not None), default=None)
+
     def hidden(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None, *,
                token_types: Int[Array, "B T"] | None = None, context: Float[Array, "B S D"] | None = None, context_positions: Int[Array, "*B S"] | None = None,
                dropout_key: Array | None = None, hooks: Hooks | None = None) -> Float[Array, "B T D"]:

@@ -332,6 +332,11 @@ class SuperAttention(EfficientAttention):
         self.alignment = nnx.Param(jnp.broadcast_to(identity, (num_heads, length, length)) if per_head else identity)
         self.alignment_bias = nnx.Param(jnp.zeros(length, param_dtype)) if alignment_bias else nnx.data(None)
 
+    @property
+    def reach(self) -> int:
+        """The most tokens it reads."""
+        return self.length
+
     def _align(self, value, positions, segment_ids=None):
         bias = None if self.alignment_bias is None else self.alignment_bias[...]
         return align_values(value, self.alignment[...], bias, is_causal=self.is_causal, positions=positions, segment_ids=segment_ids)
@@ -345,6 +350,7 @@ class SuperAttention(EfficientAttention):
         state = super().init_state(batch, max_length, context=context, context_positions=context_positions, dtype=dtype)
         if context is not None:
             return state._replace(value=self._align(state.value, context_positions))
+        checks.check_integer("max_length", max_length, least=0, most=self.length)
         if not self.is_causal:
             raise ValueError("is_causal: expected True to read token by token: the values' map tells of the future otherwise")
         dtype = dtype or self.dtype or self.query.kernel.dtype

@@ -106,12 +106,19 @@ def test_train_and_generate(text, tmp_path, capfdbinary):
 
 
 def test_a_paper_by_its_id_and_its_recall(text, tmp_path, monkeypatch):
-    console, given = Console(record=True, width=90), options(text, tmp_path, attention=("forgetting-transformer",), steps=3, recall_steps=2)
+    """And of one that cannot read more than in training."""
+    console, names = Console(record=True, width=90), ("softmax", "ff-attention-replacement")
+    given = options(text, tmp_path, attention=names, length=32, steps=3, recall_steps=2)
     summary = compare.compare(given, console)
-    assert 0 <= summary["mechanisms"][0]["recall"] < 0.5 and "forgetting-transformer" in console.export_text()
+    assert all(0 <= row["recall"] < 0.5 and row["mechanism"] in names for row in summary["mechanisms"]) and names[1] in console.export_text()
+    assert [(row["longer"] is None, len(row["by_position"])) for row in summary["mechanisms"]] == [(False, 128), (True, 32)]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(compare, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert compare.compare(given, Console(quiet=True)) == summary
+
+
+BOUNDED = "ff-attention-replacement", "optimised-efficient-super-attention"
+"""Papers with weights for each position."""
 
 
 def test_all_causal_names_what_is_there():
@@ -119,7 +126,8 @@ def test_all_causal_names_what_is_there():
     assert len(names) == len(set(names)) > 10 and {"softmax", "forgetting-transformer"} <= set(names)
     for name in names:
         model = LanguageModel(ModelOptions(features=16, layers=1, heads=2), mechanism(name, 16, 2))
-        assert jax.eval_shape(model.nats, model.abstract, jax.ShapeDtypeStruct((2, 17), "int32")).shape == (2, 16) and model.state_bytes(32) > 0
+        assert jax.eval_shape(model.nats, model.abstract, jax.ShapeDtypeStruct((2, 17), "int32")).shape == (2, 16) and model.state_bytes(16) > 0
+        assert model.reads(64) == (name not in BOUNDED), name
 
 
 @pytest.mark.parametrize("names, message", [(("fftnet",), "no causal attention"), (("yolov12",), "not here yet|unknown"), (("softmax",) * 2, "different names")])

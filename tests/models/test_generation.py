@@ -53,3 +53,12 @@ def test_choices_follow_the_key_and_the_temperature(model):
 def test_wrong_arguments(model, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, *arguments, **options)
+
+
+def test_learned_positions_end():
+    """A model reads as many tokens as it has positions, and says the token after them."""
+    config = TransformerConfig(vocab_size=16, features=8, num_layers=1, num_heads=2, position_embedding="learned", max_length=8)
+    model = Decoder(config, pairs(mask=masks.causal()), rngs=nnx.Rngs(0))
+    assert model.reach == 8 and len(list(generate(model, TOKENS[:, :4], 5))) == 5
+    with pytest.raises(ValueError, match="length: expected at most 5 after 4 tokens, for the model reads 8, got 6"):
+        generate(model, TOKENS[:, :4], 6)
