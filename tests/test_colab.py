@@ -26,5 +26,6 @@ def test_notebook(name, monkeypatch):
     assert len(installs) == 1
     notebook.cells = [cell for cell in notebook.cells if cell not in installs]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv("XLA_FLAGS", "")  # those of the tests compile fast and run slowly
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
