@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.parts import At, Blocks, Exponential, Parts, Similarity
+from pallas_kernels.parts import At, Blocks, Exponential, Similarity
+from pallas_kernels.static import Parts
 
 # The running maximum starts here: finite, so that a row that has seen no key needs no special case, and low enough that
 # no real score lies below it.

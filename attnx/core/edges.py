@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from attnx.core.checks import check_dropout, check_integer, check_integers, check_scale, describe
 from attnx.core.program import bind_operand
 from pallas_kernels import tile
-from pallas_kernels.parts import At, Exponential, Extent, Operand, Parts, Sizes, Softmax, Sum, Weights
+from pallas_kernels.parts import At, Exponential, Extent, Operand, Sizes, Softmax, Sum, Weights
+from pallas_kernels.static import Parts
 
 # Segments -----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts import Blocks, Operand, Parts, Similarity, Sizes, Spec, strip
+from pallas_kernels.parts import Blocks, Operand, Similarity, Sizes, Spec
+from pallas_kernels.static import Parts, strip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from attnx.core import cache, checks
 from attnx.nn.attention import Attention
 from pallas_kernels import tile
-from pallas_kernels.parts import At, Parts, Softmax
+from pallas_kernels.parts import At, Softmax
+from pallas_kernels.static import Parts
 
 IMPLEMENTATIONS = ("reference", "bucketed", "skew")
 TABLES = ("both", "keys", "values")
