@@ -13,7 +13,8 @@ from rich.console import Console
 
 from attnx import training
 from attnx.cli import UsageError
-from experiments.comparison import draw, printable, table
+from experiments import markdown
+from experiments.comparison import cells, draw, printable, table
 from experiments.evidence import Trial
 from experiments.fit import accuracy, cross_entropy, fit
 from experiments.mechanisms import ALL_CAUSAL, MECHANISMS, expand
@@ -48,6 +49,8 @@ class Options(Recipe):
     """Windows of four times the training length to evaluate in each held-out file."""
     recall_steps: int | None = None
     """Updates of a second model of each kind, which learns to recall the values of keys; none by default, 1000 with all-causal."""
+    write: Path | None = None
+    """A Markdown file whose part between the marks of this command is replaced by the table."""
     smoke: bool = False
     """The same in seconds, with models too small and too little trained to mean anything; in runs/smoke unless --out says otherwise."""
 
@@ -76,7 +79,7 @@ def _settle(options: Options) -> Options:
 
 def compare(options: Options, console: Console) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what it also writes to ``compare.json``."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "attention", "smoke")}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name not in ("out", "attention", "write", "smoke")}
     recipe = Recipe(**{field.name: given[field.name] for field in dataclasses.fields(Recipe)})
     runs = [Run(options.out / _folder(name), name, recipe) for name in options.attention]
     train, held = training.read(options.data).split()
@@ -104,6 +107,11 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
         console.rule(result["mechanism"], style="dim")
         console.print(f"[dim]{printable(result['prompt'])}[/]{printable(result['sample'])}", highlight=False)
     console.print(table(summary))
+    if options.write:
+        names = ALL_CAUSAL if options.attention == expand([ALL_CAUSAL]) else " ".join(options.attention)
+        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in summary["options"].items() if value != getattr(Options, name))
+        markdown.replace(options.write, "attnx compare", [f"`attnx compare --attention {names} {given}`: {len(results)} mechanisms; mean ± standard deviation over "
+                                                          f"{summary['text']['held_out_files']} held-out files.", "", *markdown.table(*cells(summary)), ""])
     console.print(f"Figure, numbers and checkpoints are in {options.out}; try: attnx generate {options.out / _folder(options.attention[0])}",
                   highlight=False)
     return summary

@@ -15,21 +15,27 @@ _LINES = 8  # the most that a figure can tell apart
 
 def table(summary: dict[str, Any]) -> Table:
     """What the mechanisms reached, and what n-gram models do."""
-    length = summary["options"]["length"]
-    ranked = sorted(summary["mechanisms"], key=lambda row: row["bits_per_byte"])
-    longer, recall = _longest(summary), "recall" in ranked[0]
+    (_, *headings), rows = cells(summary)
     result = Table(title=f"Held-out text, mean ± standard deviation over {summary['text']['held_out_files']} files", title_justify="left",
                    box=box.SIMPLE, padding=(0, 0, 0, 1))
     result.add_column("", no_wrap=True)
-    for heading in (f"bits/byte\nlength {length}", f"bits/byte\nlength {longer}", "training\ntokens/s", "memory\nof a step",
-                    f"state at\n{longer}", *(["recall"] if recall else [])):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in summary["ngrams"]:
-        result.add_row(f"n-gram order {row['order']}", _spread(row), "", "", "", "", style="dim")
-    for row in ranked:
-        result.add_row(escape(row["mechanism"]), _spread(row), _spread(row["longer"]) if row["longer"] else "", f"{row['tokens_per_second']:,.0f}",
-                       _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]), *([f"{row['recall']:.1%}"] if recall else []))
+    for heading in headings:
+        result.add_column(heading.replace(", ", "\n"), justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        result.add_row(*map(escape, row), style="dim" if index < len(summary["ngrams"]) else None)
     return result
+
+
+def cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table, n-gram models first, then mechanisms from the best on."""
+    length, longer, recall = summary["options"]["length"], _longest(summary), "recall" in summary["mechanisms"][0]
+    headings = ["", f"bits/byte, length {length}", f"bits/byte, length {longer}", "training, tokens/s", "memory, of a step", f"state, at {longer}",
+                *(["values, recalled"] if recall else [])]
+    rows = [[f"n-gram order {row['order']}", _spread(row)] + [""] * (len(headings) - 2) for row in summary["ngrams"]]
+    for row in sorted(summary["mechanisms"], key=lambda row: row["bits_per_byte"]):
+        rows.append([row["mechanism"], _spread(row), _spread(row["longer"]) if row["longer"] else "", f"{row['tokens_per_second']:,.0f}",
+                     _bytes(row["memory_bytes"]), _bytes(row["state_bytes"]), *([f"{row['recall']:.1%}"] if recall else [])])
+    return headings, rows
 
 
 def printable(text: str) -> str:

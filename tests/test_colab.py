@@ -12,7 +12,7 @@ NEEDS = {"03_look_inside_a_real_model": ("smollm2-135m", "minilm-l6")}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "colab").glob("*.ipynb"))])
-def test_notebook(name, monkeypatch):
+def test_notebook(name, tmp_path, monkeypatch):
     """All cells but the one that installs."""
     if name in NEEDS:
         from attnx import pretrained
@@ -28,4 +28,4 @@ def test_notebook(name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("XLA_FLAGS", "")  # those of the tests compile fast and run slowly
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
