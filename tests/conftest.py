@@ -31,6 +31,14 @@ MAPPINGS = 30_000
 """Memory mappings after which a process forgets what it compiled: every executable holds a few, and Linux allows 65530."""
 
 
+LONG = "test_contracts.py", "test_doctests.py", "test_colab.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take long come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings():
     """Compiled functions are dropped before the system runs out of mappings, which XLA answers with a segmentation fault."""

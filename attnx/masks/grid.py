@@ -1,0 +1,345 @@
+"""Neighbourhood attention on grids of one, two or three dimensions, with strides, dilation and causal axes, at the cost of the tiles that neighbourhoods touch.
+
+Hassani et al.: "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light" (2025, arXiv 2504.16922). In each dimension, for the
+query at i of n places, with i' = i div d in its residue class of n' places (those of equal remainder by the dilation d), window w and stride s:
+
+    leader = min((i' div s) s + s div 2, n' - 1),      centre = clamp(leader, w div 2, n' - ceil(w / 2))
+    keys     j' in centre - w div 2 .. centre + ceil(w / 2) - 1        of the same class: always w of them, shifted inside at borders
+    causal:  leader = min((i' div s) s + s - 1, n' - 1),   leader - w < j' <= i'
+
+A pair is allowed if all dimensions allow it. s = 1 is neighbourhood attention, s = w windows that do not overlap, w = n all pairs. Queries of a stride share keys.
+
+Tokens are put into an order in which each tile of the grid, of one residue class, is contiguous (:func:`token_permute`), and then the mask is one among others: it
+knows from the boxes of two tiles whether they have allowed pairs, so every execution skips the others.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from attnx.core import checks
+from attnx.core.attention import attention
+from attnx.core.halves import merge
+from pallas_kernels.parts import Cover, Mask, Range, Weights, part, static
+
+Shape = tuple[int, ...]
+Sizes = int | Sequence[int]
+Flags = bool | Sequence[bool]
+_TILES = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}
+
+
+class Order(NamedTuple):
+    """How tokens of a grid follow one another: by rows (no tile), or class by class, tile by tile, and in a tile by rows.
+
+    Attributes:
+      grid, dilation: a number a dimension.
+      tile: as well, or None.
+    """
+
+    grid: Shape
+    dilation: Shape
+    tile: Shape | None = None
+
+    @property
+    def tiles(self) -> Shape:
+        """Tiles of a class, a number a dimension."""
+        assert self.tile is not None
+        return tuple(-(-n // (d * t)) for n, d, t in zip(self.grid, self.dilation, self.tile))
+
+    @property
+    def radices(self) -> Shape:
+        """Of the digits of a position."""
+        return self.grid if self.tile is None else (*self.dilation, *self.tiles, *self.tile)
+
+    def boxes(self, low, high) -> list[tuple[Range, Range]]:
+        """For each dimension, what is known of the classes and of the places in them of the tokens at positions low .. high: exact for one token, and for a tile."""
+        digits, rest = [], 1
+        for radix in reversed(self.radices):
+            first, last = low // rest, high // rest
+            rest *= radix
+            if low is high:
+                digits.append(Range(first % radix, first % radix))
+                continue
+            together = first // radix == last // radix
+            digits.append(Range(jnp.where(together, first % radix, 0), jnp.where(together, last % radix, radix - 1)))
+        digits.reverse()
+        if self.tile is not None:
+            dims = len(self.grid)
+            return [(classes, Range(t.low * size + w.low, t.high * size + w.high))
+                    for classes, t, w, size in zip(digits[:dims], digits[dims:2 * dims], digits[2 * dims:], self.tile)]
+        boxes = []
+        for digit, d in zip(digits, self.dilation):
+            places = Range(digit.low // d, digit.high // d)
+            same = True if low is high else places.low == places.high
+            boxes.append((Range(jnp.where(same, digit.low % d, 0), jnp.where(same, digit.high % d, d - 1)), places))
+        return boxes
+
+
+@part
+class Neighborhood(Mask):
+    """See :func:`neighborhood`."""
+
+    query_order: Order = static()
+    key_order: Order = static()
+    window: Shape = static()
+    stride: Shape = static()
+    is_causal: tuple[bool, ...] = static()
+
+    def _dimensions(self):
+        return zip(self.query_order.grid, self.query_order.dilation, self.window, self.stride, self.is_causal)
+
+    def tile(self, at):
+        allowed = True
+        for (own, place), (others, key), (n, d, w, s, causal) in zip(self.query_order.boxes(at.query, at.query), self.key_order.boxes(at.key, at.key),
+                                                                     self._dimensions()):
+            first, last = _reach(place.low, _class_size(n, d, own.low), w, s, causal)
+            allowed &= (key.low >= first) & (key.low <= last) & (place.low < _class_size(n, d, own.low))
+            if d > 1:
+                allowed &= own.low == others.low
+        return allowed
+
+    def block(self, query, key):
+        some, every = True, True
+        for (own, place), (others, keys), (n, d, w, s, causal) in zip(self.query_order.boxes(*query), self.key_order.boxes(*key), self._dimensions()):
+            most, least = (_class_size(n, d, c) for c in own)
+            (first, _), (_, last) = _reach(place.low, least, w, s, causal), _reach(place.high, most, w, s, causal)
+            some &= (keys.high >= first) & (keys.low <= last) & (own.low <= others.high) & (others.low <= own.high) & (place.low < most)
+            (latest, _), (_, earliest) = _reach(place.high, most, w, s, causal), _reach(place.low, least, w, s, causal)
+            every &= (keys.low >= latest) & (keys.high <= earliest) & (place.high < least)
+            every &= (own.low == own.high) & (others.low == others.high) & (own.low == others.low)
+        return Cover(some, every)
+
+
+def _class_size(n, d, residue):
+    return (n - residue + d - 1) // d
+
+
+def _reach(place, size, window, stride, causal):
+    """The first and the last key of the queries at a place in a class of a size; neither falls where place or size grows."""
+    group = place // stride * stride
+    if causal:
+        return jnp.minimum(group + stride - 1, size - 1) - window + 1, place
+    leader = jnp.minimum(group + stride // 2, size - 1)
+    first = jnp.clip(leader, window // 2, size - (window + 1) // 2) - window // 2
+    return first, first + window - 1
+
+
+def _each(name: str, value, dims: int, most: Sequence[int] | None = None) -> Shape:
+    """A number a dimension, at least 1."""
+    values = (value,) * dims if isinstance(value, (int, np.integer)) else tuple(value)
+    if len(values) != dims:
+        raise ValueError(f"{name}: expected an integer or one for each of {dims} dimensions, got {value}")
+    return tuple(checks.check_integer(name, x, least=1, most=limit) for x, limit in zip(values, most or (None,) * dims))
+
+
+def _check(grid, window, stride, dilation, is_causal):
+    grid = tuple(checks.check_integer("grid", n, least=1) for n in grid)
+    if not 1 <= len(grid) <= 3:
+        raise ValueError(f"grid: expected 1 to 3 dimensions, got {grid}")
+    dims = len(grid)
+    window = _each("window", window, dims, grid)
+    dilation = _each("dilation", dilation, dims, [n // w for n, w in zip(grid, window)])
+    stride = _each("stride", stride, dims, window)
+    causal = (is_causal,) * dims if isinstance(is_causal, (bool, np.bool_)) else tuple(is_causal)
+    if len(causal) != dims:
+        raise ValueError(f"is_causal: expected a boolean or one for each of {dims} dimensions, got {is_causal}")
+    return grid, window, stride, dilation, tuple(map(bool, causal))
+
+
+def neighborhood(grid: Sequence[int], window: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False, query_tile: Sequence[int] | None = None,
+                 key_tile: Sequence[int] | None = None) -> Neighborhood:
+    """The mask of neighbourhoods on a grid; the equation stands above.
+
+    Args:
+      grid: sizes of 1 to 3 dimensions. Position p is the token at ``unravel_index(p, grid)``, or the p-th after :func:`token_permute`.
+      window: keys a query has in each dimension, at most the size.
+      stride: 1 .. window: queries that share their keys.
+      dilation: at most size // window: of a query and its keys in each dimension, the places are equal modulo this.
+      is_causal: whether a query sees no later place, in each dimension.
+      query_tile, key_tile: the tiles by which tokens were permuted; None where they stand by rows.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+
+    Cost: by rows hardly a tile of a 2-D grid is empty; use :func:`neighborhood_attention`, or permute.
+
+    >>> import attnx, jax.numpy as jnp
+    >>> x = jnp.ones((1, 5, 1, 4))
+    >>> attnx.attention_weights(x, x, mask=neighborhood((5,), 3))[0, 0, 0] > 0
+    Array([ True,  True,  True, False, False], dtype=bool)
+    """
+    shape, windows, strides, dilations, causal = _check(grid, window, stride, dilation, is_causal)
+    order = lambda name, tile: Order(shape, dilations, None if tile is None else _each(name, tile, len(shape)))
+    return Neighborhood(order("query_tile", query_tile), order("key_tile", key_tile), windows, strides, causal)
+
+
+def token_permute(x: Float[Array, "B ..."], tile: Sequence[int], dilation: Sizes = 1) -> Float[Array, "B T ..."]:
+    """Tokens of a grid in an order in which each tile of each residue class is contiguous.
+
+    Args:
+      x: [B, *grid, ...], as many dimensions of the grid as ``tile`` has.
+      tile: sizes of a tile, in places of a class.
+      dilation: whose residue classes are kept apart.
+
+    Returns:
+      [B, T, ...], zeros where the grid is no multiple of dilation times tile.
+
+    >>> token_permute(jnp.arange(16).reshape(1, 4, 4), (2, 2))[0].tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    """
+    order = _order(x.shape[1:1 + len(tile)], tile, dilation)
+    dims, rest = len(tile), x.shape[1 + len(tile):]
+    padded = [(0, d * t * size - n) for n, d, t, size in zip(order.grid, order.dilation, order.tile, order.tiles)]
+    x = jnp.pad(x, [(0, 0), *padded, *((0, 0) for _ in rest)])
+    x = x.reshape(x.shape[0], *(size for triple in zip(order.tiles, order.tile, order.dilation) for size in triple), *rest)
+    axes = [1 + 3 * i + which for which in (2, 0, 1) for i in range(dims)]
+    return x.transpose(0, *axes, *range(1 + 3 * dims, x.ndim)).reshape(x.shape[0], -1, *rest)
+
+
+def token_unpermute(x: Float[Array, "B T ..."], grid: Sequence[int], tile: Sequence[int], dilation: Sizes = 1) -> Float[Array, "B ..."]:
+    """The inverse of :func:`token_permute`, without its padding: [B, T, ...] to [B, *grid, ...].
+
+    >>> x = jnp.arange(15.0).reshape(1, 3, 5)
+    >>> bool((token_unpermute(token_permute(x, (2, 2)), (3, 5), (2, 2)) == x).all())
+    True
+    """
+    order = _order(grid, tile, dilation)
+    dims, rest = len(order.grid), x.shape[2:]
+    if x.shape[1] != math.prod(order.radices):
+        raise ValueError(f"x: expected {math.prod(order.radices)} tokens for a grid {order.grid} in tiles {order.tile}, got {x.shape[1]}")
+    x = x.reshape(x.shape[0], *order.radices, *rest)
+    axes = [1 + which * dims + i for i in range(dims) for which in (1, 2, 0)]
+    x = x.transpose(0, *axes, *range(1 + 3 * dims, x.ndim))
+    x = x.reshape(x.shape[0], *(t * size * d for t, size, d in zip(order.tile, order.tiles, order.dilation)), *rest)
+    return x[:, *(slice(n) for n in order.grid)]
+
+
+def _order(grid, tile, dilation):
+    dims = len(grid)
+    return Order(tuple(grid), _each("dilation", dilation, dims, grid), _each("tile", tile, dims))
+
+
+def _tile(name, tile, grid, dilation):
+    places = [-(-n // d) for n, d in zip(grid, dilation)]
+    return tuple(min(t, n) for t, n in zip(_TILES[len(grid)] if tile is None else _each(name, tile, len(grid)), places))
+
+
+def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array, "B *grid K H"], value: Float[Array, "B *grid K Hv"], window: Sizes, *,
+                           stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False, extra_key: Float[Array, "B S K H"] | None = None,
+                           extra_value: Float[Array, "B S K Hv"] | None = None, weights: Weights | None = None, scale: float | None = None,
+                           query_tile: Sequence[int] | None = None, key_tile: Sequence[int] | None = None, implementation: str | None = None,
+                           return_residual: bool = False):
+    """Attention of each token of a grid to its neighbourhood.
+
+    ::
+
+        out_i = sum_j softmax_j(scale q_i . k_j) v_j        over the keys j of the neighbourhood of i, and the extra ones
+
+    Args:
+      query: [B, *grid, N, H], a grid of 1 to 3 dimensions.
+      key: [B, *grid, K, H], N a multiple of K.
+      value: [B, *grid, K, Hv].
+      window, stride, dilation, is_causal: an integer, or one a dimension; see :func:`neighborhood`.
+      extra_key, extra_value: [B, S, K, H] and [B, S, K, Hv], tokens that all queries also see (of a text, say).
+      weights: a member of :mod:`attnx.weights`; softmax by default. With extra keys, one that merges.
+      scale: of the dot products; 1 / sqrt(H) by default.
+      query_tile, key_tile: sizes of tiles, at most those of a residue class; by default 256 tokens. Tiles that match window and stride (:func:`neighborhood_plan`) cost
+        no more than the window. In kernels a tile is a block if its tokens are a power of two and at least 128.
+      implementation: as of :func:`attnx.attention`.
+      return_residual: whether the log of the normaliser is returned too.
+
+    Returns:
+      [B, *grid, N, Hv]; with ``return_residual`` also [B, *grid, N].
+
+    Raises:
+      ValueError: for shapes that do not match or sizes that do not fit.
+
+    Cost: O(B N visited tiles * tile^2 H) time, O(B N T H) memory.
+
+    >>> x = jnp.ones((1, 6, 6, 1, 8))
+    >>> neighborhood_attention(x, x, x, 3).shape
+    (1, 6, 6, 1, 8)
+    """
+    if query.ndim < 4 or key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"key: expected [B, *grid, K, H] as query [B, *grid, N, H] and value [B, *grid, K, Hv], got query {query.shape}, key {key.shape}, "
+                         f"value {value.shape}")
+    if (extra_key is None) != (extra_value is None):
+        raise ValueError("extra_value: expected one with extra_key, and none without")
+    grid, window, stride, dilation, causal = _check(query.shape[1:-2], window, stride, dilation, is_causal)
+    query_tile, key_tile = _tile("query_tile", query_tile, grid, dilation), _tile("key_tile", key_tile, grid, dilation)
+    mask = neighborhood(grid, window, stride=stride, dilation=dilation, is_causal=causal, query_tile=query_tile, key_tile=key_tile)
+    options: dict[str, Any] = dict(scale=scale, implementation=implementation) | ({} if weights is None else {"weights": weights})
+    sizes = math.prod(query_tile), math.prod(key_tile)
+    fit = implementation in (None, "blockwise") or (implementation == "pallas" and all(size >= 128 and size.bit_count() == 1 for size in sizes))
+    tiles: dict[str, Any] = {"block_sizes": sizes} if fit else {}
+    q, k, v = (token_permute(x, tile, dilation) for x, tile in ((query, query_tile), (key, key_tile), (value, key_tile)))
+    found = attention(q, k, v, mask=mask, return_residual=return_residual or extra_key is not None, **options, **tiles)
+    if extra_key is not None and extra_value is not None:
+        found = merge(found, attention(q, extra_key, extra_value, return_residual=True, **options))
+    back = [token_unpermute(x, grid, query_tile, dilation) for x in (found if isinstance(found, tuple) else (found,))]
+    return tuple(back) if return_residual else back[0]
+
+
+class TilePlan(NamedTuple):
+    """What a mask makes of all pairs of tiles.
+
+    Attributes:
+      some: [query tiles, key tiles], which are visited.
+      every: those of them that need no mask.
+      dense: how many pairs all tokens have, over those of the neighbourhoods: the most that sparsity can save.
+    """
+
+    some: np.ndarray
+    every: np.ndarray
+    dense: float
+
+    @property
+    def visited(self) -> np.ndarray:
+        """Key tiles of each query tile."""
+        return self.some.sum(1)
+
+    @property
+    def speedup(self) -> float:
+        """All pairs of tiles over the visited ones: what skipping saves."""
+        return self.some.size / int(self.some.sum())
+
+    @property
+    def is_perfect(self) -> bool:
+        """Whether no tile needs a mask: perfectly block-sparse."""
+        return bool((self.some == self.every).all())
+
+
+def neighborhood_plan(grid: Sequence[int], window: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False, query_tile: Sequence[int] | None = None,
+                      key_tile: Sequence[int] | None = None) -> TilePlan:
+    """Which tiles :func:`neighborhood_attention` visits, with the same arguments: a simulation, without a token.
+
+    >>> plan = neighborhood_plan((64, 64), 16, stride=16, query_tile=(8, 8), key_tile=(8, 8))
+    >>> plan.dense, plan.speedup, plan.is_perfect
+    (16.0, 16.0, True)
+    >>> round(neighborhood_plan((64, 64), 16, query_tile=(8, 8), key_tile=(8, 8)).speedup, 1)
+    8.5
+    """
+    grid, window, stride, dilation, causal = _check(grid, window, stride, dilation, is_causal)
+    tiles = _tile("query_tile", query_tile, grid, dilation), _tile("key_tile", key_tile, grid, dilation)
+    mask = neighborhood(grid, window, stride=stride, dilation=dilation, is_causal=causal, query_tile=tiles[0], key_tile=tiles[1])
+    ranges = []
+    for tile, order in zip(tiles, (mask.query_order, mask.key_order)):
+        low = np.arange(math.prod(order.radices) // math.prod(tile)) * math.prod(tile)
+        ranges.append(Range(low, low + math.prod(tile) - 1))
+    query, key = ranges
+    with jax.ensure_compile_time_eval():
+        cover = mask.block(Range(query.low[:, None], query.high[:, None]), Range(key.low[None], key.high[None]))
+        counts = [_mean_keys(*dimension) for dimension in mask._dimensions()]
+    return TilePlan(np.asarray(cover.some), np.asarray(cover.every), math.prod(grid) / math.prod(counts))
+
+
+def _mean_keys(n, d, w, s, causal):
+    """Of the queries of a dimension, over all its classes."""
+    places = np.arange(n) // d
+    first, last = _reach(places, _class_size(n, d, np.arange(n) % d), w, s, causal)
+    return float((last - np.maximum(first, 0) + 1).mean())
