@@ -151,9 +151,8 @@ def finite(tree):
 
 def shapes_and_dtypes(subject):
     """The output has the declared axes and the dtype of the inputs."""
-    for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
-        inputs = subject.arrays(dtype)
-        out = jax.eval_shape(functools.partial(subject.call, subject.definition), inputs)
+    for inputs, dtype in zip((subject.arrays(), *_long(subject)), (jnp.float64, jnp.bfloat16, jnp.float32)):
+        out = (subject.value if dtype == jnp.float64 else subject.forward)(inputs, subject.definition)
         sizes = {letter: size for name in inputs if subject.example.axes(name) for letter, size in zip(subject.example.axes(name), inputs[name].shape)}
         require(len(out.shape) == len(subject.example.output), f"output {out.shape} for axes {subject.example.output!r}")
         require(all(sizes.get(letter, size) == size for letter, size in zip(subject.example.output, out.shape)),
@@ -194,12 +193,17 @@ def gradients_at_zero(subject):
     require(finite(subject.gradient(inputs, subject.definition)), "output or gradients are not finite where all inputs are zero")
 
 
-def sixteen_bits(subject):
-    """In bfloat16 the result is that of the rounded inputs to a few roundings: sums, statistics and states are kept wider."""
+def _long(subject):
+    """Long inputs in bfloat16, and the same numbers in float32."""
     sizes = {letter: LONG for letter in "ts" if any(letter in subject.example.axes(name) for name in subject.example.inputs)
              and letter not in subject.example.sizes}
     inputs = subject.arrays(jnp.bfloat16, **sizes)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _real(x) else x, inputs)
+    return inputs, jax.tree.map(lambda x: x.astype(jnp.float32) if _real(x) else x, inputs)
+
+
+def sixteen_bits(subject):
+    """In bfloat16 the result is that of the rounded inputs to a few roundings: sums, statistics and states are kept wider."""
+    inputs, wide = _long(subject)
     expected = np.asarray(subject.forward(wide, subject.definition), np.float64)
     for execution in dict.fromkeys((None, subject.definition)):
         got = np.asarray(subject.forward(inputs, execution), np.float64)
