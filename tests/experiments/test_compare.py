@@ -108,11 +108,18 @@ def test_train_and_generate(text, tmp_path, capfdbinary):
 def test_a_paper_by_its_id_and_its_recall(text, tmp_path, monkeypatch):
     """And of one that cannot read more than in training."""
     console, names = Console(record=True, width=90), ("softmax", "ff-attention-replacement")
-    given = options(text, tmp_path, attention=names, length=32, steps=3, recall_steps=2)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- begin: attnx compare -->\n<!-- end: attnx compare -->\nafter")
+    given = options(text, tmp_path / "runs", attention=names, length=32, steps=3, recall_steps=2, write=page)
     summary = compare.compare(given, console)
     assert all(0 <= row["recall"] < 0.5 and row["mechanism"] in names for row in summary["mechanisms"]) and names[1] in console.export_text()
     assert [(row["longer"] is None, len(row["by_position"])) for row in summary["mechanisms"]] == [(False, 128), (True, 32)]
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    lines = page.read_text().splitlines()
+    ranked = sorted(summary["mechanisms"], key=lambda row: row["bits_per_byte"])
+    expected = ["", *(f"n-gram order {order}" for order in (1, 2, 3)), *(row["mechanism"] for row in ranked)]
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == expected
+    assert "--steps 3" in page.read_text() and (lines[0], lines[-1]) == ("before", "after")
     monkeypatch.setattr(compare, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert compare.compare(given, Console(quiet=True)) == summary
 
