@@ -109,8 +109,8 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
     console.print(table(summary))
     if options.write:
         names = ALL_CAUSAL if options.attention == expand([ALL_CAUSAL]) else " ".join(options.attention)
-        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in summary["options"].items() if value != getattr(Options, name))
-        markdown.replace(options.write, "attnx compare", [f"`attnx compare --attention {names} {given}`: {len(results)} mechanisms; mean ± standard deviation over "
+        asked = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in summary["options"].items() if value != getattr(Options, name))
+        markdown.replace(options.write, "attnx compare", [f"`attnx compare --attention {names} {asked}`: {len(results)} mechanisms; mean ± standard deviation over "
                                                           f"{summary['text']['held_out_files']} held-out files.", "", *markdown.table(*cells(summary)), ""])
     console.print(f"Figure, numbers and checkpoints are in {options.out}; try: attnx generate {options.out / _folder(options.attention[0])}",
                   highlight=False)
@@ -139,15 +139,15 @@ def _measure(run: Run, train: training.Corpus, spans: training.Spans, meter: Met
     records = run.metrics.read()
     meter.at(before + steps, f"{run.name}: evaluating")
     cut, reach = _cut(spans, run.recipe.length), LONGER * run.recipe.length
-    if run.model.reads(reach):
-        most, longest = run.model.evaluate(params, spans), spans
-        longer = _per_file(most, spans)
+    near = run.model.evaluate(params, cut)
+    if reads := run.model.reads(reach):
+        longest, bits = spans, run.model.evaluate(params, spans)
     else:  # weights that stand at positions
-        most, longest, longer, reach = run.model.evaluate(params, cut), cut, None, run.recipe.length
+        longest, bits, reach = cut, near, run.recipe.length
     prompt = spans.tokens[spans.valid.all(axis=1)][0, 1:1 + min(64, reach // 2)].astype(np.uint8).tobytes()
     sample = bytes(run.model.stream(params, prompt, min(160, reach - len(prompt) - 1), temperature=0.7))
-    result = {"mechanism": run.name, **_per_file(run.model.evaluate(params, cut), cut),
-              "longer": longer, "by_position": (np.sum(most * longest.valid, axis=0) / np.sum(longest.valid, axis=0)).tolist(),
+    result = {"mechanism": run.name, **_per_file(near, cut), "longer": _per_file(bits, longest) if reads else None,
+              "by_position": (np.sum(bits * longest.valid, axis=0) / np.sum(longest.valid, axis=0)).tolist(),
               "tokens_per_second": steps * run.recipe.batch * run.recipe.length / records[-1]["seconds"],
               "memory_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
               - memory.alias_size_in_bytes,

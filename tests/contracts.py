@@ -53,6 +53,13 @@ class Subject:
             inputs[self.example.mask] = jnp.ones_like(inputs[self.example.mask], bool)
         return inputs
 
+    @functools.cached_property
+    def long(self):
+        """Long inputs in bfloat16, and the same numbers in float32."""
+        sizes = {letter: LONG for letter in "ts" if any(letter in self.example.axes(name) for name in self.example.inputs) and letter not in self.example.sizes}
+        inputs = self.arrays(jnp.bfloat16, **sizes)
+        return inputs, jax.tree.map(lambda x: x.astype(jnp.float32) if _real(x) else x, inputs)
+
     def forward(self, inputs, execution=None):
         """The output, jitted, of a call that is not differentiated."""
         with _context(execution):
@@ -151,7 +158,7 @@ def finite(tree):
 
 def shapes_and_dtypes(subject):
     """The output has the declared axes and the dtype of the inputs."""
-    for inputs, dtype in zip((subject.arrays(), *_long(subject)), (jnp.float64, jnp.bfloat16, jnp.float32)):
+    for inputs, dtype in zip((subject.arrays(), *subject.long), (jnp.float64, jnp.bfloat16, jnp.float32)):
         out = (subject.value if dtype == jnp.float64 else subject.forward)(inputs, subject.definition)
         sizes = {letter: size for name in inputs if subject.example.axes(name) for letter, size in zip(subject.example.axes(name), inputs[name].shape)}
         require(len(out.shape) == len(subject.example.output), f"output {out.shape} for axes {subject.example.output!r}")
@@ -193,17 +200,9 @@ def gradients_at_zero(subject):
     require(finite(subject.gradient(inputs, subject.definition)), "output or gradients are not finite where all inputs are zero")
 
 
-def _long(subject):
-    """Long inputs in bfloat16, and the same numbers in float32."""
-    sizes = {letter: LONG for letter in "ts" if any(letter in subject.example.axes(name) for name in subject.example.inputs)
-             and letter not in subject.example.sizes}
-    inputs = subject.arrays(jnp.bfloat16, **sizes)
-    return inputs, jax.tree.map(lambda x: x.astype(jnp.float32) if _real(x) else x, inputs)
-
-
 def sixteen_bits(subject):
     """In bfloat16 the result is that of the rounded inputs to a few roundings: sums, statistics and states are kept wider."""
-    inputs, wide = _long(subject)
+    inputs, wide = subject.long
     expected = np.asarray(subject.forward(wide, subject.definition), np.float64)
     for execution in dict.fromkeys((None, subject.definition)):
         got = np.asarray(subject.forward(inputs, execution), np.float64)
