@@ -224,9 +224,15 @@ def _order(grid, tile, dilation):
     return Order(tuple(grid), _each("dilation", dilation, dims, grid), _each("tile", tile, dims))
 
 
-def _tile(name, tile, grid, dilation):
-    places = [-(-n // d) for n, d in zip(grid, dilation)]
-    return tuple(min(t, n) for t, n in zip(_TILES[len(grid)] if tile is None else _each(name, tile, len(grid)), places))
+def _tiled(grid, window, stride, dilation, is_causal, query_tile, key_tile) -> Neighborhood:
+    """The mask on tiles no larger than a class, also where none are asked for."""
+    shape, windows, strides, dilations, causal = _check(grid, window, stride, dilation, is_causal)
+
+    def order(name, tile):
+        sizes = _TILES[len(shape)] if tile is None else _each(name, tile, len(shape))
+        return Order(shape, dilations, tuple(min(t, -(-n // d)) for t, n, d in zip(sizes, shape, dilations)))
+
+    return Neighborhood(order("query_tile", query_tile), order("key_tile", key_tile), windows, strides, causal)
 
 
 def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array, "B *grid K H"], value: Float[Array, "B *grid K Hv"], window: Sizes, *,
@@ -270,9 +276,10 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
                          f"value {value.shape}")
     if (extra_key is None) != (extra_value is None):
         raise ValueError("extra_value: expected one with extra_key, and none without")
-    grid, window, stride, dilation, causal = _check(query.shape[1:-2], window, stride, dilation, is_causal)
-    query_tile, key_tile = _tile("query_tile", query_tile, grid, dilation), _tile("key_tile", key_tile, grid, dilation)
-    mask = neighborhood(grid, window, stride=stride, dilation=dilation, is_causal=causal, query_tile=query_tile, key_tile=key_tile)
+    mask = _tiled(query.shape[1:-2], window, stride, dilation, is_causal, query_tile, key_tile)
+    grid, dilation, query_tile = mask.query_order
+    key_tile = mask.key_order.tile
+    assert query_tile is not None and key_tile is not None
     options: dict[str, Any] = dict(scale=scale, implementation=implementation) | ({} if weights is None else {"weights": weights})
     sizes = math.prod(query_tile), math.prod(key_tile)
     fit = implementation in (None, "blockwise") or (implementation == "pallas" and all(size >= 128 and size.bit_count() == 1 for size in sizes))
@@ -324,18 +331,17 @@ def neighborhood_plan(grid: Sequence[int], window: Sizes, *, stride: Sizes = 1, 
     >>> round(neighborhood_plan((64, 64), 16, query_tile=(8, 8), key_tile=(8, 8)).speedup, 1)
     8.5
     """
-    grid, window, stride, dilation, causal = _check(grid, window, stride, dilation, is_causal)
-    tiles = _tile("query_tile", query_tile, grid, dilation), _tile("key_tile", key_tile, grid, dilation)
-    mask = neighborhood(grid, window, stride=stride, dilation=dilation, is_causal=causal, query_tile=tiles[0], key_tile=tiles[1])
-    ranges = []
-    for tile, order in zip(tiles, (mask.query_order, mask.key_order)):
-        low = np.arange(math.prod(order.radices) // math.prod(tile)) * math.prod(tile)
-        ranges.append(Range(low, low + math.prod(tile) - 1))
-    query, key = ranges
+    mask = _tiled(grid, window, stride, dilation, is_causal, query_tile, key_tile)
+
+    def ranges(order):
+        low = np.arange(0, math.prod(order.radices), math.prod(order.tile))
+        return Range(low, low + math.prod(order.tile) - 1)
+
+    query, key = ranges(mask.query_order), ranges(mask.key_order)
     with jax.ensure_compile_time_eval():
         cover = mask.block(Range(query.low[:, None], query.high[:, None]), Range(key.low[None], key.high[None]))
         counts = [_mean_keys(*dimension) for dimension in mask._dimensions()]
-    return TilePlan(np.asarray(cover.some), np.asarray(cover.every), math.prod(grid) / math.prod(counts))
+    return TilePlan(np.asarray(cover.some), np.asarray(cover.every), math.prod(mask.query_order.grid) / math.prod(counts))
 
 
 def _mean_keys(n, d, w, s, causal):
