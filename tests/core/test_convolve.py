@@ -98,11 +98,10 @@ def test_segments_do_not_meet(taps, origin, x64):
 def test_long_kernels_in_float32():
     """FFT against direct where both are long, and the default choice on each side of the threshold."""
     x, kernel = arrays((1, 300, 2), (300, 2))
-    direct, fft, chosen = (convolve_jit(x, kernel, implementation=form) for form in ("direct", "fft", None))
+    direct, fft = (convolve_jit(x, kernel, implementation=form) for form in ("direct", "fft"))
     np.testing.assert_allclose(fft, direct, atol=2e-6 * float(abs(direct).max()))
-    assert (chosen == fft).all()
-    short = kernel[: convolve.SHORT]
-    assert (convolve_jit(x, short) == convolve_jit(x, short, implementation="direct")).all()
+    assert "fft" in convolve_jit.lower(x, kernel).as_text()
+    assert "fft" not in convolve_jit.lower(x, kernel[: convolve.SHORT]).as_text()
 
 
 def test_impulses_and_shared_kernels():
@@ -110,9 +109,9 @@ def test_impulses_and_shared_kernels():
     impulse = jnp.zeros((5, 3)).at[2].set(1)
     assert (convolve_jit(x, impulse, origin=2) == x).all()
     assert (convolve_jit(x, impulse)[:, 2:] == x[:, :-2]).all()  # a token shift
-    assert (convolve_jit(x, kernel) == convolve_jit(x, jnp.tile(kernel, (1, 3)))).all()
-    assert (convolve_jit(x[None], kernel)[0] == convolve_jit(x, kernel)).all()
-    assert (convolve_jit(x[0], kernel) == convolve_jit(x, kernel)[0]).all()
+    out = convolve_jit(x, kernel)
+    for other in (convolve_jit(x, jnp.tile(kernel, (1, 3))), convolve_jit(x[None], kernel)[0], jnp.stack([convolve_jit(each, kernel) for each in x])):
+        np.testing.assert_allclose(other, out, atol=1e-6)
 
 
 def test_correlation_of_lax():

@@ -123,7 +123,7 @@ def test_switching():
     full = model(x)
     assert jnp.abs(full - sparse).max() > 1e-3
     set_mechanism(model, moba_layers(3, full_last=1, block_size=4, num_blocks=2))
-    np.testing.assert_array_equal(model(x), sparse)
+    np.testing.assert_allclose(model(x), sparse, atol=1e-6)
     set_mechanism(model, moba(4, 5))
     np.testing.assert_allclose(model(x), full, atol=1e-5)
     stack = Stack(make(moba(4, 5)), 2, rngs=nnx.Rngs(0))
