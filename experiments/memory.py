@@ -72,7 +72,7 @@ def measure(entry: Entry, lengths: Sequence[int]) -> Iterator[dict]:
 
 
 def _bytes(example: Example, pattern: str, length: int) -> tuple[int, int]:
-    arrays = jax.eval_shape(lambda: example.arrays(pattern or PATTERNS[0], t=length, s=length))
+    arrays = example.shapes(pattern or PATTERNS[0], t=length, s=length)
     real = {name: leaf for name, leaf in arrays.items() if all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(leaf))}
     others = {name: leaf for name, leaf in arrays.items() if name not in real}
 

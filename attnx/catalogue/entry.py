@@ -116,19 +116,25 @@ class Example:
           dtype: of the real arrays.
           **sizes: of axes, by letter.
         """
+        # NumPy's numbers, for it compiles nothing.
+        return self._inputs(pattern, seed, dtype, sizes, lambda index, shape: np.random.default_rng((seed, index)).standard_normal(shape))
+
+    def shapes(self, pattern: str = PATTERNS[0], *, dtype: Any = jnp.float32, **sizes: int) -> dict[str, Any]:
+        """Shapes and dtypes of :meth:`arrays`, of any size: nothing is computed."""
+        return jax.eval_shape(lambda: self._inputs(pattern, 0, dtype, sizes, lambda index, shape: jnp.zeros(shape, float)))
+
+    def _inputs(self, pattern, seed, dtype, sizes, normal):
         sizes = {**SIZES, **self.sizes, **sizes}
         if pattern.endswith("self"):
             sizes["s"] = sizes["t"]
-        made = {name: self._array(self.inputs[name], (seed, index), sizes) for index, name in enumerate(self.inputs)}
+        made = {}
+        for index, (name, given) in enumerate(self.inputs.items()):
+            if isinstance(given, str | Input):
+                given = Input(given) if isinstance(given, str) else given
+                made[name] = given.make(normal(index, tuple(sizes[axis] for axis in given.axes)))
+            else:
+                made[name] = given(jax.random.fold_in(jax.random.key(seed), index))
         return jax.tree.map(lambda x: jnp.asarray(x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x), made)
-
-    def _array(self, given, seed, sizes):
-        if isinstance(given, str):
-            given = Input(given)
-        if not isinstance(given, Input):
-            return given(jax.random.fold_in(jax.random.key(seed[0]), seed[1]))
-        # NumPy's numbers, for it compiles nothing.
-        return given.make(np.random.default_rng(seed).standard_normal(tuple(sizes[axis] for axis in given.axes)))
 
 
 @dataclasses.dataclass(frozen=True)
