@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from attnx.core import checks
 from attnx.core.attention import attention
 from attnx.core.halves import merge
-from pallas_kernels.parts import Cover, Mask, Range, Weights, part, static
+from pallas_kernels.parts import Cover, Mask, Operand, Range, Score, Weights, part, static
 
 Shape = tuple[int, ...]
 Sizes = int | Sequence[int]
@@ -113,6 +113,25 @@ class Neighborhood(Mask):
             every &= (keys.low >= latest) & (keys.high <= earliest) & (place.high < least)
             every &= (own.low == own.high) & (others.low == others.high) & (own.low == others.low)
         return Cover(some, every)
+
+
+@part
+class GridBias(Score):
+    """Adds ``table[n, j' - i' + w - 1]`` to scores, a place of the table for each difference of places in a neighbourhood."""
+
+    table: Any
+    query_order: Order = static()
+    key_order: Order = static()
+    window: Shape = static()
+
+    def operands(self, sizes):
+        return (Operand(self.table.reshape(self.table.shape[0], -1), ("head", None)),)
+
+    def tile(self, s, at, table):
+        index = 0
+        for (_, place), (_, key), w in zip(self.query_order.boxes(at.query, at.query), self.key_order.boxes(at.key, at.key), self.window):
+            index = index * (2 * w - 1) + jnp.clip(key.low - place.low, 1 - w, w - 1) + w - 1
+        return s + table.reshape(-1)[index].astype(s.dtype)
 
 
 def _class_size(n, d, residue):
@@ -237,14 +256,15 @@ def _tiled(grid, window, stride, dilation, is_causal, query_tile, key_tile) -> N
 
 def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array, "B *grid K H"], value: Float[Array, "B *grid K Hv"], window: Sizes, *,
                            stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False, extra_key: Float[Array, "B S K H"] | None = None,
-                           extra_value: Float[Array, "B S K Hv"] | None = None, weights: Weights | None = None, scale: float | None = None,
+                           extra_value: Float[Array, "B S K Hv"] | None = None, bias: Float[Array, "N ..."] | None = None, weights: Weights | None = None,
+                           scale: float | None = None,
                            query_tile: Sequence[int] | None = None, key_tile: Sequence[int] | None = None, implementation: str | None = None,
                            return_residual: bool = False):
     """Attention of each token of a grid to its neighbourhood.
 
     ::
 
-        out_i = sum_j softmax_j(scale q_i . k_j) v_j        over the keys j of the neighbourhood of i, and the extra ones
+        out_i = sum_j softmax_j(scale q_i . k_j + bias[j' - i' + w - 1]) v_j        over the keys j of the neighbourhood of i, and the extra ones, without bias
 
     Args:
       query: [B, *grid, N, H], a grid of 1 to 3 dimensions.
@@ -252,6 +272,7 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
       value: [B, *grid, K, Hv].
       window, stride, dilation, is_causal: an integer, or one a dimension; see :func:`neighborhood`.
       extra_key, extra_value: [B, S, K, H] and [B, S, K, Hv], tokens that all queries also see (of a text, say).
+      bias: [N, 2 w - 1, ...], for each difference of places of a class in each dimension; not for implementation 'pallas', for its tiles look entries up one by one.
       weights: a member of :mod:`attnx.weights`; softmax by default. With extra keys, one that merges.
       scale: of the dot products; 1 / sqrt(H) by default.
       query_tile, key_tile: sizes of tiles, at most those of a residue class; by default 256 tokens. Tiles that match window and stride (:func:`neighborhood_plan`) cost
@@ -281,15 +302,25 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
     key_tile = mask.key_order.tile
     assert query_tile is not None and key_tile is not None
     options: dict[str, Any] = dict(scale=scale, implementation=implementation) | ({} if weights is None else {"weights": weights})
+    scores = () if bias is None else (_grid_bias(bias, mask, query.shape[-2], implementation),)
     sizes = math.prod(query_tile), math.prod(key_tile)
     fit = implementation in (None, "blockwise") or (implementation == "pallas" and all(size >= 128 and size.bit_count() == 1 for size in sizes))
     tiles: dict[str, Any] = {"block_sizes": sizes} if fit else {}
     q, k, v = (token_permute(x, tile, dilation) for x, tile in ((query, query_tile), (key, key_tile), (value, key_tile)))
-    found = attention(q, k, v, mask=mask, return_residual=return_residual or extra_key is not None, **options, **tiles)
+    found = attention(q, k, v, mask=mask, scores=scores, return_residual=return_residual or extra_key is not None, **options, **tiles)
     if extra_key is not None and extra_value is not None:
         found = merge(found, attention(q, extra_key, extra_value, return_residual=True, **options))
     back = [token_unpermute(x, grid, query_tile, dilation) for x in (found if isinstance(found, tuple) else (found,))]
     return tuple(back) if return_residual else back[0]
+
+
+def _grid_bias(bias, mask, heads, implementation):
+    expected = (heads, *(2 * w - 1 for w in mask.window))
+    if jnp.shape(bias) != expected:
+        raise ValueError(f"bias: expected shape {expected} for {heads} heads and window {mask.window}, got {jnp.shape(bias)}")
+    if implementation == "pallas":
+        raise NotImplementedError("bias: implementation 'pallas' does not look entries up by two coordinates, use 'blockwise'")
+    return GridBias(jnp.asarray(bias), mask.query_order, mask.key_order, mask.window)
 
 
 class TilePlan(NamedTuple):

@@ -11,6 +11,7 @@ from attnx.models.search import Hypotheses, beam_search, greedy_search, length_p
 from attnx.models.transformer import Transformer, TransformerState
 
 _LAZY: dict[str, tuple[str, ...]] = {
+    "nat": ("NAT", "ConvDownsampler", "ConvTokenizer", "DiNATConfig", "NATConfig", "PatchMerging", "PatchTokenizer"),
     "ravlt": ("RAVLT", "RAVLTConfig", "Stage"),
     "single_headed": ("ShaRnn", "ShaRnnBlock", "ShaRnnState", "SingleHead", "SingleHeadParams", "boom", "single_head_attention", "value_gate"),
 }
