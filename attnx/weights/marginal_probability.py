@@ -215,27 +215,30 @@ def _lesser(s, earlier):
     return jnp.where(share > 0.5, 0, share)
 
 
-def _itself(total, earlier):
-    return total
+def _log_of_rest(total, earlier):
+    """0 where nothing is left to speak of: its reciprocal, and the gradient's, would be infinite."""
+    enough = total > jnp.finfo(total.dtype).tiny ** 0.9
+    return jnp.where(enough, jnp.log(jnp.where(enough, total, 1)), 0)
 
 
 @part
 class EdgePairs(Weights):
     """See :func:`edge_pairs`."""
 
-    statistics = (Softmax(), Sum(_lesser, _itself))  # log Z, and what is left beside a key with more than half of Z, where 1 - e_j / Z would cancel
+    statistics = (Softmax(), Sum(_lesser, _log_of_rest))  # log Z, and the log of the share left beside a key with more than half of Z
     normalized = True
 
     def weight(self, s, statistics):
         total, rest = statistics
         share = jnp.exp(s - total)
-        return share * jnp.where(rest > 0, jnp.where(share > 0.5, rest, 1 - share), 1)
+        # e_j (Z - e_j) over Z^2 and over the rest: however small that is, the weights' sum is of order 1; for the larger key nothing cancels.
+        return jnp.where(share > 0.5, share, jnp.exp(s - total - rest) * (1 - share))
 
 
 def edge_pairs() -> Weights:
     """Half the marginals of :func:`marginal_attention` with two edges a query: ``e_j (Z - e_j) / sum over j of the same``, e = e^s, Z = sum e.
 
-    No key has more than half of the weight, unless it is the only one to be seen; or, in float32, unless its score exceeds all others by 80. A given row
+    No key has more than half of the weight, unless it is the only one to be seen; or, in float32, unless its score exceeds all others by 78. A given row
     statistic: two passes for sums over the row's keys and the one over the values, in every execution.
 
     >>> import attnx

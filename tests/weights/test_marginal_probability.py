@@ -111,6 +111,20 @@ def test_edge_pairs():
     np.testing.assert_allclose(of_scores(40.0, 1.0, 0.0), [0.5, 0.5 / (1 + np.exp(-1)), 0.5 / (1 + np.e)], atol=1e-6)
 
 
+def test_edge_pairs_of_certain_keys():
+    """However far one key is ahead, slopes are those of the structure, until the others are below the smallest number; then the key has all, and slopes are finite."""
+    s, value = jnp.array([0.0, 1.0, 0.0, -2.0]), jnp.arange(4.0).reshape(1, 4, 1, 1)
+    found = jax.jit(jax.value_and_grad(lambda s: attnx.attention(jnp.ones((1, 1, 1, 1)), s.reshape(1, 4, 1, 1), value, weights=weights.edge_pairs(), scale=1.0,
+                                                                 implementation="blockwise").sum()))
+    expected = jax.jit(jax.value_and_grad(lambda s: weights.marginal_attention(s[None, None, None], value, structure="pairs")[0].sum()))
+    for gap in (5.0, 30.0, 60.0, 76.0):
+        for x, y in zip(found(s.at[0].set(gap)), expected(s.at[0].set(gap))):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+    for gap in (82.0, 88.0, 110.0):
+        out, slopes = found(s.at[0].set(gap))
+        assert abs(out) < 1e-6 and jnp.isfinite(slopes).all()
+
+
 def test_errors():
     """Wrong arguments are named."""
     s, v = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 4, 1, 5))
