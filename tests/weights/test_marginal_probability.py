@@ -115,7 +115,8 @@ def test_edge_pairs_of_certain_keys():
     """However far one key is ahead, slopes are those of the structure, until the others are below the smallest number; then the key has all, and slopes are finite."""
     s, value = jnp.array([0.0, 1.0, 0.0, -2.0], jnp.float32), jnp.arange(4, dtype=jnp.float32).reshape(1, 4, 1, 1)
     one = jnp.ones((1, 1, 1, 1), jnp.float32)
-    found = jax.jit(jax.value_and_grad(lambda s: attnx.attention(one, s.reshape(1, 4, 1, 1), value, weights=weights.edge_pairs(), scale=1.0, implementation="blockwise").sum()))
+    tiled = lambda s: attnx.attention(one, s.reshape(1, 4, 1, 1), value, weights=weights.edge_pairs(), scale=1.0, implementation="blockwise").sum()
+    found = jax.jit(jax.value_and_grad(tiled))
     expected = jax.jit(jax.value_and_grad(lambda s: weights.marginal_attention(s[None, None, None], value, structure="pairs")[0].sum()))
     for gap in (5.0, 30.0, 60.0, 76.0):
         for x, y in zip(found(s.at[0].set(gap)), expected(s.at[0].set(gap))):
