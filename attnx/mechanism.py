@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 
 from attnx.core import cache, decode, linear
 from attnx.core.attention import IMPLEMENTATIONS, attention
-from attnx.core.checks import check_choice, check_dropout_rate, check_function, check_parts, check_real, check_scale
+from attnx.core.checks import check_choice, check_dropout_rate, check_function, check_parts, check_products, check_real, check_scale
 from attnx.core.ring import mesh_in_context, usable_axes
 from attnx.masks.documents import documents
 from pallas_kernels.parts import Mask, Score, Softmax, Weights, part, static
+from pallas_kernels.products import Products
 
 FEW = 4  # tokens, at the most, for which reading the cache where it lies beats transposing it
 
@@ -42,11 +43,12 @@ class Pairs:
     scale: float | None = static(default=None)
     dropout_rate: float = static(default=0.0)
     implementation: str | None = static(default=None)
+    products: Products = static(default=Products())
 
     def _attend(self, query, key, value, mask, dropout_key=None, **kwargs):
         rate = self.dropout_rate if dropout_key is not None else 0.0
-        return attention(query, key, value, scores=self.scores, mask=mask, weights=self.weights, scale=self.scale, dropout_rate=rate,
-                         dropout_key=dropout_key, implementation=kwargs.pop("implementation", self.implementation), **kwargs)
+        return attention(query, key, value, scores=self.scores, mask=mask, weights=self.weights, scale=self.scale, products=self.products,
+                         dropout_rate=rate, dropout_key=dropout_key, implementation=kwargs.pop("implementation", self.implementation), **kwargs)
 
     def __call__(self, query, key, value, *, query_positions=None, key_positions=None, segment_ids=None, dropout_key=None, hooks=None):
         mask = self.mask
@@ -69,7 +71,7 @@ class Pairs:
         rolling = self.mask is not None and self.mask.span()[0] is not None
         if t == 1 or (t <= min(FEW, slots) and not rolling):
             state = cache.append(state, key, value)
-            if hooks or self.implementation not in (None, "blockwise", "pallas") or mesh_in_context() is not None:
+            if hooks or self.implementation not in (None, "blockwise", "pallas") or mesh_in_context() is not None or not self.products.exact:
                 return state, self._attend_cache(query, state.key, state.value, state.next - t, state.positions, hooks)
             return state, decode.decode(query, state.key, state.value, state.next, key_positions=state.positions, scores=self.scores, mask=self.mask,
                                         weights=self.weights, scale=self.scale, implementation=self.implementation)
@@ -90,7 +92,7 @@ class Pairs:
 
 
 def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), scale: float | None = None, dropout_rate: float = 0.0,
-          implementation: str | None = None) -> Pairs:
+          implementation: str | None = None, products: Products = Products()) -> Pairs:
     """A mechanism of the pairs engine.
 
     Args: as in :func:`attnx.attention`. Its streaming state is a key-value cache; a mask of limited reach (a sliding window) makes it rolling, so
@@ -105,7 +107,8 @@ def pairs(*, scores=(), mask: Mask | None = None, weights: Weights = Softmax(), 
     if scale is not None:
         scale = check_scale(scale, 1)
     dropout_rate = check_dropout_rate(dropout_rate)
-    return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation)
+    check_products(products)
+    return Pairs(check_parts(scores, mask, weights), mask, weights, scale, dropout_rate, implementation, products)
 
 
 def skipped(query, key, query_positions=None, key_positions=None, segment_ids=None, *, is_causal: bool = True) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from pallas_kernels.parts import Mask, Score, Weights
+from pallas_kernels.products import Products
 
 
 class _Hole:
@@ -29,6 +30,7 @@ class Parts:
     weights: Weights
     scale: float
     dropout_rate: float = 0.0
+    products: Products = Products()
     real: bool = False  # no position is padding, so tiles need not look
 
 

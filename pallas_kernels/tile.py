@@ -7,7 +7,7 @@ Attention over allowed pairs is
 and every execution (materialised, folded over key blocks, fused kernel, split decoding, ring of devices) evaluates it tile by
 tile: a few queries against a few keys of one head. This module holds the functions of one tile, on two-dimensional blocks
 and in plain ``jax.numpy``, so the same code runs under XLA and inside a Pallas kernel. The parts they call (scores, masks,
-weights) obey the protocol of :mod:`pallas_kernels.parts`.
+weights) obey the protocol of :mod:`pallas_kernels.parts`, matrix products that of :mod:`pallas_kernels.products`.
 
 Two operations cover the field:
 
@@ -24,28 +24,19 @@ Two operations cover the field:
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.parts import At, Blocks, Exponential, Similarity
+from pallas_kernels.products import accumulator_dtype as accumulator_dtype
 from pallas_kernels.static import Parts
 
 # The running maximum starts here: finite, so that a row that has seen no key needs no special case, and low enough that
 # no real score lies below it.
 FLOOR = -1e30
-
-
-def accumulator_dtype(dtype):
-    """The dtype in which scores, statistics and sums of ``dtype`` inputs are kept: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _dot(a, b, contract):
-    """A matrix product over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, accumulated in at least float32."""
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           preferred_element_type=accumulator_dtype(a.dtype))
 
 
 def across(column, width: int):
@@ -71,7 +62,8 @@ def raw_scores(parts: Parts, q, k, at: At, blocks: Blocks, *, transposed: bool =
         q, scale = q if parts.scale == 1.0 else q * parts.scale, 1.0
     else:
         scale = parts.scale
-    s = _dot(k, q, (1, 1)) if transposed else _dot(q, k, (1, 1))
+    a, b = (k, q) if transposed else (q, k)
+    s = parts.products.dot("scores", a, b, (1, 1), transposed=transposed)
     return s if scale == 1.0 else s * scale
 
 
@@ -164,7 +156,7 @@ def attend_tile(parts: Parts, family: Exponential, carry, q, k, v, at: At, block
     if v is not None:
         if parts.dropout_rate:
             num = num * dropout_multiplier(parts, at, seed)
-        acc = across(decay, acc.shape[1]) * acc + _dot(num.astype(v.dtype), v, (1, 0))
+        acc = across(decay, acc.shape[1]) * acc + parts.products.dot("values", num, v, (1, 0))
     return m_new, total, acc
 
 
@@ -221,7 +213,7 @@ def weigh_tile(parts: Parts, terms, carry, q, k, v, rows, at: At, blocks: Blocks
     num = _only(ok, num)
     if parts.dropout_rate:
         num = num * dropout_multiplier(parts, at, seed)
-    return acc + _dot(num.astype(v.dtype), v, (1, 0)), totals
+    return acc + parts.products.dot("values", num, v, (1, 0)), totals
 
 
 # Backward -----------------------------------------------------------------------------------------------------------
@@ -260,7 +252,7 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
       ``dq`` [bq, H], ``dk`` [bk, H], ``dv`` [bk, Hv] (None without ``num``), ``drows`` like ``rows`` (or empty), and ``dblocks``: a list
       with the gradient of each inexact operand block, in tree order.
     """
-    dtype = accumulator_dtype(q.dtype)
+    dtype, dot = accumulator_dtype(q.dtype), partial(parts.products.dot, transposed=transposed)
     (to_scores, join_scores), (to_mask, _), (to_weights, join_weights) = map(_split, blocks)
     ok = visible(parts, at, blocks) if masked else None
 
@@ -284,11 +276,12 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
     (num, _), pull = jax.vjp(weigh, s, rows if want_rows else (), to_weights)
     dv = g_num = None
     if num is not None:
-        g_num = _dot(v, do, (1, 1)) if transposed else _dot(do, v, (1, 1))
+        a, b = (v, do) if transposed else (do, v)
+        g_num = dot("dp", a, b, (1, 1))
         if parts.dropout_rate:
             drop = dropout_multiplier(parts, at, seed)
             g_num, num = g_num * drop, num * drop
-        dv = _dot(num.astype(do.dtype), do, to_keys)
+        dv = dot("dv", num, do, to_keys)
     ds, drows, of_weights = pull((g_num, tuple(jnp.broadcast_to(c, raw.shape) for c in coefficients)))
     ds, of_scores = pull_shape(ds)
     others = [jnp.zeros_like(x) for x in to_mask] + of_weights
@@ -297,7 +290,7 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
         return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(of_scores, of_pair)] + others
     early = ds.size < q.size + k.size  # the scale enters where there are fewer numbers
     ds = ds * parts.scale if early and parts.scale != 1.0 else ds
-    dq, dk = _dot(ds.astype(k.dtype), k, to_rows), _dot(ds.astype(q.dtype), q, to_keys)
+    dq, dk = dot("dq", ds, k, to_rows), dot("dk", ds, q, to_keys)
     if parts.scale != 1.0 and not early:
         dq, dk = dq * parts.scale, dk * parts.scale
     return dq, dk, dv, drows, of_scores + others

@@ -81,7 +81,7 @@ def look_up(kernel: str, device: str, size: int, itemsize: int):
     return next(entry for (kind, most, bytes_), entry in TABLE[kernel] if device.startswith(kind) and size <= most and itemsize <= bytes_)
 
 
-def choose_tiles(tiles: Tiles, queries: int, keys: int, busy: bool = False, block_sizes=None) -> Tiles:
+def choose_tiles(tiles: Tiles, queries: int, keys: int, busy: bool = False, block_sizes=None, least=(1, 1)) -> Tiles:
     """The tiles of a call of the pairs engine on a GPU.
 
     Args:
@@ -89,13 +89,14 @@ def choose_tiles(tiles: Tiles, queries: int, keys: int, busy: bool = False, bloc
       queries, keys: lengths, beyond which no tile need reach.
       busy: whether more is done to a score than a plain softmax does. That takes registers a pair, so gradients get half the inner blocks.
       block_sizes: (bq, bk) for every kernel instead of the table's.
+      least: the smallest block sizes, powers of two.
     """
     if busy:
         tiles = tiles._replace(queries=tiles.queries._replace(bk=tiles.queries.bk // 2), keys=tiles.keys._replace(bq=tiles.keys.bq // 2))
 
     def fit(tile: Tile) -> Tile:
         bq, bk = (tile.bq, tile.bk) if block_sizes is None else block_sizes
-        return tile._replace(bq=min(bq, power(queries)), bk=min(bk, power(keys)))
+        return tile._replace(bq=min(max(bq, least[0]), power(queries)), bk=min(max(bk, least[1]), power(keys)))
 
     return Tiles(*map(fit, tiles))
 

@@ -17,6 +17,7 @@ from attnx.core.ring import choose_ring, mesh_in_context
 from attnx.core.tiling import choose_tiling
 from pallas_kernels import tile
 from pallas_kernels.parts import Exponential, Mask, Score, Softmax, Weights
+from pallas_kernels.products import Products
 
 IMPLEMENTATIONS = ("reference", "blockwise", "pallas", "cudnn", "ring")
 
@@ -30,6 +31,7 @@ def attention(
     mask: Mask | None = None,
     weights: Weights = Softmax(),
     scale: float | None = None,
+    products: Products = Products(),
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     query_positions: Int[Array, "*B T"] | None = None,
@@ -53,6 +55,8 @@ def attention(
       mask: which pairs are allowed (see :mod:`attnx.masks`); None allows all.
       weights: how scores become weights (see :mod:`attnx.weights`).
       scale: factor of the dot product, a static number; 1 / sqrt(H) by default.
+      products: in what precision queries meet keys and weights values, and their gradients (see :mod:`attnx.products`); by default in that of the
+        arrays, summed in at least float32.
       dropout_rate: probability with which a weight is dropped, the others divided by 1 - dropout_rate.
       dropout_key: PRNG key, needed when dropout_rate > 0. The pattern depends on it and on logical positions alone.
       query_positions, key_positions: logical positions, int32 [T] or [B, T] ([S] or [B, S]); -1 is padding. 0, 1, 2, ... by default.
@@ -85,13 +89,13 @@ def attention(
     """
     chosen = _choose(implementation, hooks)
     checks.check_array("value", value)
-    weights, program, data = prepare(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, dropout_rate=dropout_rate,
-                                     dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
+    weights, program, data = prepare(query, key, value, scores=scores, mask=mask, weights=weights, scale=scale, products=products,
+                                     dropout_rate=dropout_rate, dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if return_residual:
         checks.check_exponential("return_residual", weights)
     picked = chosen or ("ring" if mesh_in_context() is not None else None)
     call = dict(scores=checks.check_parts(scores, mask, weights), mask=mask, weights=weights, dropout_rate=program.parts.dropout_rate,
-                positions=(query_positions, key_positions))
+                products=products, positions=(query_positions, key_positions))
     if chosen == "cudnn" or picked is None and not return_residual and cudnn.serves(query, key, value, **call):
         return cudnn.attention(query, key, value, scale=program.parts.scale, return_residual=return_residual, **call)
     sink = sink_of(program, weights)
@@ -104,16 +108,18 @@ def attention(
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
 
-def prepare(query, key, value, *, scores=(), mask=None, weights=Softmax(), scale=None, dropout_rate=0.0, dropout_key=None,
+def prepare(query, key, value, *, scores=(), mask=None, weights=Softmax(), scale=None, products=Products(), dropout_rate=0.0, dropout_key=None,
             query_positions=None, key_positions=None) -> tuple[Weights, Program, Data]:
     """The checked arguments of a call as its weights, static program and arrays."""
     query, key, value = checks.check_query_key_value(query, key, value)
     scores = checks.check_parts(scores, mask, weights)
     dropout_rate, seed = checks.check_dropout(dropout_rate, dropout_key)
+    checks.check_products(products)
     program, data = bind(query, key, value, scores=scores, mask=mask, weights=weights, scale=checks.check_scale(scale, query.shape[3]),
-                         dropout_rate=dropout_rate, seed=seed,
+                         dropout_rate=dropout_rate, seed=seed, products=products,
                          query_positions=checks.check_positions("query_positions", query_positions, *query.shape[:2]),
                          key_positions=checks.check_positions("key_positions", key_positions, *key.shape[:2]))
+    products.check(program.parts)
     return weights, program, data
 
 
@@ -127,7 +133,7 @@ def ring_attention(query, key, value, *, mesh=None, axis_name: str = "sequence",
       axis_name: the mesh axis that holds the sequence.
       batch_axes, head_axes: the mesh axes that hold batch and key-value heads; those that the mesh lacks, or that do not divide, are left out.
       zigzag: deal the sequence out so that causal work is equal on all devices; by default when the mask lets late queries see more.
-      **parts: scores, mask, weights, scale, dropout_rate, dropout_key, query_positions, key_positions. Each array among them is sharded
+      **parts: scores, mask, weights, scale, products, dropout_rate, dropout_key, query_positions, key_positions. Each array among them is sharded
         as its axes say.
 
     Returns:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.parts import Exponential, Mask, Operand, Score, Similarity, Weights
+from pallas_kernels.products import Products
 
 
 def describe(x) -> str:
@@ -128,6 +129,12 @@ def check_parts(scores, mask, weights):
     if not isinstance(weights, Weights):
         raise TypeError(f"weights: expected weights (see attnx.weights, for example attnx.weights.softmax()), got {describe(weights)}")
     return tuple(scores)
+
+
+def check_products(products):
+    """How matrix products are computed, not a dtype or its name."""
+    if not isinstance(products, Products):
+        raise TypeError(f"products: expected products (see attnx.products, for example attnx.products.int8()), got {describe(products)}")
 
 
 def check_scale(scale, head_size: int) -> float:

@@ -8,8 +8,10 @@ from attnx.core.checks import describe
 _WORKS = "use 'blockwise' or None"
 
 
-def as_jax_nn(*, scores, mask, weights, dropout_rate, positions) -> dict:
+def as_jax_nn(*, scores, mask, weights, products, dropout_rate, positions) -> dict:
     """The call's parts as keyword arguments of ``jax.nn.dot_product_attention``; NotImplementedError names what has no such form."""
+    if not products.exact:
+        raise NotImplementedError(f"implementation='cudnn' lacks {describe(products)}; {_WORKS}")
     if dropout_rate:
         raise NotImplementedError(f"implementation='cudnn' lacks this library's dropout (dropout_rate={dropout_rate}); {_WORKS}")
     if any(p is not None for p in positions):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from attnx.core.blockwise import Blockwise
 from attnx.core.checks import check_choice
 from attnx.core.program import Data, Program, partition
-from attnx.core.tiling import Tiling, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
+from attnx.core.tiling import Tiling, check_products, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
 from pallas_kernels import flash
 from pallas_kernels.parts import Similarity, Softmax
 from pallas_kernels.tiles import Tiles, choose_tiles, look_up, power
@@ -142,6 +142,7 @@ def _for_tpu(program, data, block_sizes, interpret):
     if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
     lengths = program.sizes.queries, program.sizes.keys
+    check_products(program, data, block_sizes)
     most = default_sizes("flash", "tpu", data.query, data.value)
     tiling = Tiling(*([min(size, power(n, 128)) for size, n in zip((most.bq, most.bk), lengths)] if block_sizes is None else _powers(block_sizes, 128)), 1)
     return Fused(without_padding(program, tiling), tiling, None, interpret)
@@ -156,11 +157,13 @@ def _for_gpu(program, data, block_sizes, interpret):
                                   f"got head size {h}; use 'blockwise'")
     if interpret is False:
         _check_gpu(program, data)
+    check_products(program, data, block_sizes)
     if block_sizes is not None:
         _powers(block_sizes, 16)
     parts = program.parts
     busy = bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
-    chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy, block_sizes)
+    chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy, block_sizes,
+                          parts.products.blocks)
     tiling = Tiling(chosen.rows.bq, chosen.rows.bk, 1)
     largest = Tiling(*(max(pair) for pair in zip(tiling, chosen.largest)), 1)
     return Fused(without_padding(program, largest), tiling, chosen, interpret)

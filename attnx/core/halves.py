@@ -268,7 +268,7 @@ def _blockwise_statistics(executor: Blockwise, data: Data):
 def _reference_apply(program: Program, data: Data, rows):
     s, ok = reference.scores(program, data)
     w = reference.given(program, data, jnp.where(ok, s, 0), ok, rows)
-    return reference.values(data, reference.dropout(program, data, w))
+    return reference.values(program, data, reference.dropout(program, data, w))
 
 
 @partial(jax.jit, static_argnums=0)

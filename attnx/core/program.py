@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.parts import Blocks, Operand, Similarity, Sizes, Spec
+from pallas_kernels.products import Products
 from pallas_kernels.static import Parts, strip
 
 
@@ -95,7 +96,7 @@ def _bind_part(part, sizes, argument):
 
 
 def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, seed=None, query_positions=None, key_positions=None,
-         offsets=None, contiguous=None) -> tuple[Program, Data]:
+         offsets=None, contiguous=None, products=Products()) -> tuple[Program, Data]:
     """Checks nothing that the caller has not: see :mod:`attnx.core.checks`."""
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     if offsets is None:
@@ -108,7 +109,8 @@ def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, s
     scores, arrays, specs = zip(*sorted(bound, key=lambda x: not isinstance(x[0], Similarity))) if bound else ((), (), ())
     mask_arrays, mask_specs = _bind_part(mask, sizes, "mask") if mask is not None else ((), ())
     weight_arrays, weight_specs = _bind_part(weights, sizes, "weights")
-    parts = Parts(tuple(strip(p) for p in scores), strip(mask) if mask is not None else None, strip(weights), float(scale), float(dropout_rate))
+    parts = Parts(tuple(strip(p) for p in scores), strip(mask) if mask is not None else None, strip(weights), float(scale), float(dropout_rate),
+                  products)
     program = Program(parts, Blocks(tuple(specs), mask_specs, weight_specs), sizes, contiguous)
     data = Data(
         query=query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4),

@@ -133,9 +133,22 @@ def dropout(program: Program, data: Data, w):
     return w * tile.dropout_multiplier(program.parts, at_pairs(program, data), data.seed) if program.parts.dropout_rate else w
 
 
-def values(data: Data, w):
-    """Weighed values [B, K, G, T, Hv]."""
-    return jnp.einsum("bkgts,bksv->bkgtv", w.astype(data.value.dtype), data.value, preferred_element_type=w.dtype)
+def values(program: Program, data: Data, w, unit=1.0):
+    """Weighed values [B, K, G, T, Hv]. Where products are rounded, weights are multiples of ``unit``, as of a whole row in one tile."""
+    if program.parts.products.exact:
+        return jnp.einsum("bkgts,bksv->bkgtv", w.astype(data.value.dtype), data.value, preferred_element_type=w.dtype)
+    dot = jax.vmap(lambda w, v: program.parts.products.dot("values", w, v, (1, 0)))
+    heads = lambda w, v: dot(w, jnp.broadcast_to(v, (w.shape[0], *v.shape)))
+    return jax.vmap(jax.vmap(heads))(w / unit, data.value) * unit
+
+
+def _unit(program: Program, data: Data, s, ok):
+    """The weight of a fold's term 1: e^(m - r) for exponential weights, m the row's safe exponent."""
+    family = program.parts.weights
+    if program.parts.products.exact or not isinstance(family, Exponential):
+        return 1.0
+    _, total, _ = _residual(family, jnp.where(ok, s, 0), ok, data.operands.weights)
+    return 1 / jnp.where(total > 0, total, 1)
 
 
 def output(program: Program, data: Data, hooks=None):
@@ -148,5 +161,6 @@ def output(program: Program, data: Data, hooks=None):
         return hooks[stage](flat(x), At(*map(flat, at_pairs(program, data)))).reshape(x.shape)
 
     s, ok = scores(program, data)
-    w, r = weights(program, data, hooked("scores", s), ok)
-    return values(data, dropout(program, data, hooked("weights", w))), r
+    s = hooked("scores", s)
+    w, r = weights(program, data, s, ok)
+    return values(program, data, dropout(program, data, hooked("weights", w)), _unit(program, data, s, ok)), r

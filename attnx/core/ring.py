@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from attnx.core.blockwise import Blockwise
 from attnx.core.program import Data, Program, partition
-from attnx.core.tiling import Tiling, map_operands, pad, widen
+from attnx.core.tiling import Tiling, check_products, map_operands, pad, widen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +278,7 @@ def choose_ring(program: Program, data: Data, tiling: Tiling, mesh=None, axis: s
     t, s = data.query.shape[3], data.key.shape[2]
     chunks = 2 * p if zigzag else p
     bq, bk = (min(size, -(-length // chunks)) for size, length in ((tiling.bq, t), (tiling.bk, s)))
+    check_products(program, data, tuple(-(-length // chunks) for length in (t, s)) if p > 1 else (bq, bk), "mesh")
     aligned = all(-(-length // chunks) % block == 0 for block, length in ((bq, t), (bk, s)))
     program = dataclasses.replace(program, contiguous=program.contiguous and (aligned or not zigzag))
     steps = p

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnx.core.checks import check_block_sizes
+from attnx.core.checks import check_block_sizes, describe
 from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, Spec
 from pallas_kernels.flash.schedule import Visits, visits
@@ -37,6 +37,7 @@ def choose_tiling(program: Program, data: Data, block_sizes=None) -> Tiling:
     what their mask allows go one by one, for only what none of those evaluated together sees can be skipped.
     """
     bq, bk = (512, 512) if block_sizes is None else check_block_sizes(block_sizes)
+    check_products(program, data, block_sizes and (bq, bk))
     alone = any(spec.kv for spec in program.specs.mask)
     return _tiling(data, bq, bk, bk, 1 if alone else 2 * 512 * 512)
 
@@ -47,9 +48,18 @@ def choose_sliding(program: Program, data: Data) -> tuple[Tiling, tuple[int, int
     The smaller the block, the less of its tile is hidden; 128 rows still feed the cores well.
     """
     before, after = program.parts.mask.span() if program.contiguous and program.parts.mask is not None else (None, None)
-    if before is None or after is None or before + after > WIDEST:
+    if before is None or after is None or before + after > WIDEST or program.parts.products.blocks != (1, 1):
         return None
     return _tiling(data, 128, 128, 128 + before + after, 2 * 512 * 512), (before, after)
+
+
+def check_products(program: Program, data: Data, tile, argument: str = "block_sizes"):
+    """That a tile holds whole blocks of what the products of the call scale together, or all there is; None is one that does."""
+    lengths = data.query.shape[3], data.key.shape[2]
+    for size, block, length in zip(tile or (), program.parts.products.blocks, lengths):
+        if size % block and size < length:
+            raise ValueError(f"{argument}: expected multiples of the blocks {program.parts.products.blocks} that products={describe(program.parts.products)} "
+                             f"scale together, got {tuple(tile)}")
 
 
 def _tiling(data: Data, bq: int, bk: int, width: int, pairs: int) -> Tiling:
