@@ -49,6 +49,11 @@ class Products:
         """Rows of queries and of keys that share a scale, powers of two: a tile holds whole numbers of them, or all there are."""
         return 1, 1
 
+    @property
+    def any_scale(self) -> bool:
+        """Whether queries may be scaled before they are rounded as well as scores afterwards."""
+        return True
+
     def check(self, parts) -> None:
         """Raises NotImplementedError for static ``parts`` (:class:`pallas_kernels.static.Parts`) whose products would be wrong, say with weights out of range."""
 

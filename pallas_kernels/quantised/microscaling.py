@@ -5,7 +5,7 @@ A number is code * scale. Codes are e2m1 (a sign and 0, 0.5, 1, 1.5, 2, 3, 4 or 
     NVFP4    16 numbers    scale = e4m3(a / 6)                         NVIDIA: "Pretraining Large Language Models with NVFP4" (2025, arXiv 2509.25149)
     MXFP4    32 numbers    scale = 2^(floor(log2 a) - 2), e8m0         Rouhani et al.: "Microscaling Data Formats for Deep Learning" (2023, arXiv 2310.10537)
 
-A scale that rounds to zero makes its group zero. Where a / 2^floor(log2 a) > 1.5, MXFP4's scale leaves numbers above 6 times it, which become that. What is left of a group
+A scale that rounds to zero makes its group zero. Where a > 1.5 * 2^floor(log2 a), MXFP4 has numbers above 6 times the scale, which become that. What is left of a group
 at the end of an axis that 16 (32) does not divide is a group as well.
 
 Codes and scales are arrays of the number formats themselves; :func:`round_e2m1` and the scales' roundings are arithmetic on float32, so that tiles inside
