@@ -81,6 +81,10 @@ class Rounded(Products):
     def dot(self, name, a, b, contract, *, transposed=False):
         return _straight_through(_Named(self, name, tuple(contract), transposed), a, b)
 
+    def weigh(self, weights, unit, v):
+        """``dot('values', ...)`` of weights that are rounded as multiples of ``unit``, [rows, 1], while gradients are made of them as they are."""
+        return _weigh(self, weights, unit, v)
+
 
 class _Named(NamedTuple):
     """Which product of whose."""
@@ -117,3 +121,23 @@ def _backward(which, saved, g):
 
 
 _straight_through.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weigh(products: Rounded, weights, unit, v):
+    return products.product("values", weights / unit, v, (1, 0)) * unit
+
+
+def _weigh_forward(products, weights, unit, v):
+    out = _weigh(products, weights, unit, v)
+    return out, (weights, unit, v, out)
+
+
+def _weigh_backward(products, saved, g):
+    weights, unit, v, out = saved
+    dp = products.dot("dp", g, v, (1, 1)).astype(weights.dtype)
+    dunit = (jnp.sum(g * out, axis=1, keepdims=True) - jnp.sum(dp * weights, axis=1, keepdims=True)) / unit  # by what rounding changed: <do, o> is the output's
+    return dp, dunit.astype(unit.dtype), products.dot("dv", weights, g, (0, 0)).astype(v.dtype)
+
+
+_weigh.defvjp(_weigh_forward, _weigh_backward)

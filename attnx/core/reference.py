@@ -137,9 +137,8 @@ def values(program: Program, data: Data, w, unit=1.0):
     """Weighed values [B, K, G, T, Hv]. Where products are rounded, weights are multiples of ``unit``, as of a whole row in one tile."""
     if program.parts.products.exact:
         return jnp.einsum("bkgts,bksv->bkgtv", w.astype(data.value.dtype), data.value, preferred_element_type=w.dtype)
-    dot = jax.vmap(lambda w, v: program.parts.products.dot("values", w, v, (1, 0)))
-    heads = lambda w, v: dot(w, jnp.broadcast_to(v, (w.shape[0], *v.shape)))
-    return jax.vmap(jax.vmap(heads))(w / unit, data.value) * unit
+    heads = jax.vmap(program.parts.products.weigh, in_axes=(0, 0, None))
+    return jax.vmap(jax.vmap(heads))(w, jnp.broadcast_to(unit, (*w.shape[:-1], 1)), data.value)
 
 
 def _unit(program: Program, data: Data, s, ok):
