@@ -28,19 +28,27 @@ from jax import lax
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 
+def _nearest(x):
+    """The nearest integers to x >= 0, halves to even: not every kernel has an instruction for it."""
+    low = x.astype(jnp.int32)
+    rest = x - low.astype(x.dtype)
+    return (low + ((rest > 0.5) | ((rest == 0.5) & (low % 2 == 1))).astype(jnp.int32)).astype(x.dtype)
+
+
 def round_e2m1(x):
     """The nearest e2m1 numbers, halves to even, at most 6 in magnitude; float32 to float32."""
-    size = jnp.abs(x)
+    size = jnp.minimum(jnp.abs(x), E2M1_MAX)
     step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0))
-    return jnp.clip(jnp.round(x / step) * step, -E2M1_MAX, E2M1_MAX)
+    size = _nearest(size / step) * step
+    return jnp.where(x < 0, -size, size)
 
 
 def round_e4m3(x):
-    """The nearest e4m3 numbers (4 significant bits, from 2^-6 down multiples of 2^-9), halves to even, at most 448 in magnitude; float32 to float32."""
+    """The nearest e4m3 numbers to x >= 0 (4 significant bits, from 2^-6 down multiples of 2^-9), halves to even, at most 448; float32 to float32."""
+    x = jnp.minimum(x, E4M3_MAX)
     bits = lax.bitcast_convert_type(x, jnp.int32)
     bits = bits + 0x7FFFF + (lax.shift_right_logical(bits, 20) & 1)
-    normal = lax.bitcast_convert_type(bits & -0x100000, jnp.float32)
-    return jnp.clip(jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 2.0**9) * 2.0**-9, normal), -E4M3_MAX, E4M3_MAX)
+    return jnp.where(x < 2.0**-6, _nearest(x * 2.0**9) * 2.0**-9, lax.bitcast_convert_type(bits & -0x100000, jnp.float32))
 
 
 def _nvfp4_scale(largest):
@@ -72,28 +80,29 @@ FORMATS = {"nvfp4": Format(16, _nvfp4_scale, jnp.float8_e4m3fn), "mxfp4": Format
 
 def _groups(x, axis: int, group: int):
     """``x`` [.., n, ..] as [.., ceil(n / group), group, ..], filled up with zeros."""
-    more = [(0, -x.shape[i] % group if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, more).reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1:])
+    more = -x.shape[axis] % group
+    x = jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
+    return x.reshape(*x.shape[:axis], x.shape[axis] // group, group, *x.shape[axis + 1:])
 
 
-def encode(x, form: Format, axis: int, group: int):
-    """Codes shaped like ``x`` and scales with an axis of groups, all float32."""
+def _flat(x, axis: int, length: int):
+    """The inverse of :func:`_groups`."""
+    x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2:])
+    return x if x.shape[axis] == length else lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _encode(x, form: Format, axis: int, group: int):
+    """Codes [.., groups, group, ..] and scales [.., groups, 1, ..], both float32."""
     grouped = _groups(x.astype(jnp.float32), axis, group)
     scales = form.scale(jnp.max(jnp.abs(grouped), axis=axis + 1, keepdims=True))
     some = scales > 0
-    codes = jnp.where(some, round_e2m1(grouped / jnp.where(some, scales, 1)), 0)
-    return lax.slice_in_dim(codes.reshape(*x.shape[:axis], -1, *x.shape[axis + 1:]), 0, x.shape[axis], axis=axis), jnp.squeeze(scales, axis + 1)
-
-
-def _decode(codes, scales, axis: int, group: int):
-    each = jnp.repeat(scales.astype(jnp.float32), group, axis=axis)
-    return codes.astype(jnp.float32) * lax.slice_in_dim(each, 0, codes.shape[axis], axis=axis)
+    return jnp.where(some, round_e2m1(grouped / jnp.where(some, scales, 1)), 0), scales
 
 
 def rounded(x, fmt: str, axis: int):
     """What is left of ``x`` once it has been codes and scales; bfloat16, which is exact."""
-    form = FORMATS[fmt]
-    return _decode(*encode(x, form, axis, form.group), axis, form.group).astype(jnp.bfloat16)
+    codes, scales = _encode(x, FORMATS[fmt], axis, FORMATS[fmt].group)
+    return _flat(codes * scales, axis, x.shape[axis]).astype(jnp.bfloat16)
 
 
 def _check(x, axis, group):
@@ -107,8 +116,9 @@ def _check(x, axis, group):
 def _quant(x, fmt, axis, group):
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(f"x: expected real numbers, got {jnp.result_type(x)}")
-    codes, scales = encode(x, FORMATS[fmt], _check(x, axis, group), group)
-    return codes.astype(jnp.float4_e2m1fn), scales.astype(FORMATS[fmt].dtype)
+    axis = _check(x, axis, group)
+    codes, scales = _encode(x, FORMATS[fmt], axis, group)
+    return _flat(codes, axis, x.shape[axis]).astype(jnp.float4_e2m1fn), jnp.squeeze(scales, axis + 1).astype(FORMATS[fmt].dtype)
 
 
 def _dequant(codes, scales, axis, group, dtype):
@@ -116,7 +126,8 @@ def _dequant(codes, scales, axis, group, dtype):
     expected = tuple(-(-n // group) if i == axis else n for i, n in enumerate(codes.shape))
     if scales.shape != expected:
         raise ValueError(f"scales: expected shape {expected} for codes {codes.shape} in groups of {group}, got {scales.shape}")
-    return _decode(codes, scales, axis, group).astype(dtype)
+    each = _groups(codes.astype(jnp.float32), axis, group) * jnp.expand_dims(scales.astype(jnp.float32), axis + 1)
+    return _flat(each, axis, codes.shape[axis]).astype(dtype)
 
 
 def quant_nvfp4(x, axis: int = -1, group: int = 16):

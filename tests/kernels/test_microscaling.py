@@ -57,12 +57,12 @@ def test_roundings_are_the_casts():
     """Every number of a fine grid, all halves among it, and random ones of all sizes."""
     random = np.random.default_rng(1)
     grid = np.concatenate([np.arange(-8, 8, 1 / 64), random.standard_normal(3000) * 3]).astype(np.float32)
-    np.testing.assert_array_equal(mx.round_e2m1(grid), grid.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    np.testing.assert_array_equal(jax.jit(mx.round_e2m1)(grid), grid.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    every = np.sort(every[np.isfinite(every)])
+    every = np.sort(every[every >= 0])
     wide = np.concatenate([every, (every[1:] + every[:-1]) / 2, 2.0 ** random.uniform(-14, 8.8, 3000)]).astype(np.float32)
-    np.testing.assert_array_equal(mx.round_e4m3(wide), wide.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    np.testing.assert_array_equal(mx.round_e4m3(np.float32([500, -1e9])), [448, -448])
+    np.testing.assert_array_equal(jax.jit(mx.round_e4m3)(wide), wide.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(mx.round_e4m3(np.float32([460, 1e9])), [448, 448])
 
 
 @pytest.mark.parametrize("fmt", QUANT)
@@ -77,7 +77,7 @@ def test_idempotent(fmt):
     assert full.mean() > 0.3 and (fmt == "mxfp4" or full.all())
     np.testing.assert_array_equal(dequant(*again), once)
     np.testing.assert_array_equal(np.asarray(again[1], np.float32), np.asarray(scales, np.float32))
-    np.testing.assert_array_equal(mx.rounded(x, fmt, 1).astype(jnp.float32), once)
+    np.testing.assert_array_equal(jax.jit(lambda x: mx.rounded(x, fmt, 1))(x).astype(jnp.float32), once)
 
 
 def test_layouts():
