@@ -26,6 +26,7 @@ from experiments.tpu import ENVIRONMENT, TOPOLOGIES
 
 TILE, SIZE, CHUNK = 512, 128, 128  # queries and keys of a tile, size of a head, tokens of a chunk
 BATCH, ROWS, KV_HEADS, PAGE, COLUMNS = 8, 32, 8, 64, 2048  # of decoding: query heads, key-value heads, tokens of a page, keys of a tile (one for each head and token)
+WINDOWS, TOKENS, WINDOW_HEADS, WINDOW_SIZE = 1024, 49, 4, 32  # windows of 7 x 7 and the heads that fill a register's lanes
 LENGTH, HEADS = 2048, 2  # the schedules do not depend on them, and what surrounds the kernels compiles quickly
 
 
@@ -151,6 +152,23 @@ def _decode(paged: bool):
     return attend, (_like(BATCH, 1, ROWS, SIZE), cache, cache, _like(BATCH, dtype="int32"), table)
 
 
+def _windows(fused: bool):
+    """Windows with a bias and, of shifted ones, regions: by the kernels for windows, or as sequences."""
+    import jax.numpy as jnp
+
+    import attnx
+    from attnx.core.windows import window_attention
+
+    def attend(query, key, value, bias):
+        regions, options = jnp.zeros((64, TOKENS), int), {"implementation": "pallas"}
+        if fused:
+            return window_attention(query, key, value, bias=bias, regions=regions, **options)
+        mask = attnx.masks.documents(jnp.tile(regions, (WINDOWS // 64, 1)))
+        return attnx.attention(query, key, value, scores=attnx.scores.bias(bias), mask=mask, block_sizes=(128, 128), **options)
+
+    return _gradient(attend, *[_like(WINDOWS, TOKENS, WINDOW_HEADS, WINDOW_SIZE)] * 3, _like(WINDOW_HEADS, TOKENS, TOKENS, dtype="float32"))
+
+
 def _paged_attention():
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
@@ -206,6 +224,7 @@ _TILES, _EVERY = ("full tile", "masked tile"), ("every tile",)
 _FOLDS = {"forward": Kernel("fold_rows", _TILES), "dq": Kernel("query_side", _TILES), "dk, dv": Kernel("key_side", _TILES)}
 _SPLASH = {"forward": Kernel("_fwd_", _EVERY), "dq": Kernel("_dq_", _EVERY), "dk, dv": Kernel("_dkv_", _EVERY)}
 _CHUNKS = {"forward": Kernel("linear_forward", ("2 chunks",)), "backward": Kernel("linear_backward", ("states", "gradients"))}
+_WINDOWS = {"forward": Kernel("window_forward", ("4 windows",)), "backward": Kernel("window_backward", ("4 windows",))}
 _DECODING = {"step": Kernel("decode", _EVERY)}
 CASES = {
     SOFTMAX: Case(_flash, _FOLDS),
@@ -217,6 +236,8 @@ CASES = {
     "flash soft cap": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.soft_cap(30.0)}), _FOLDS),
     "flash ALiBi": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.alibi(HEADS)}), _FOLDS),
     "flash offset table": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.t5_bias(_zeros(32, HEADS))}), _FOLDS),
+    "window": Case(partial(_windows, True), _WINDOWS),
+    "window as flash": Case(partial(_windows, False), {**_FOLDS, "bias": Kernel("pair_side", _TILES)}),
     "decode": Case(partial(_decode, False), _DECODING),
     "decode, pages": Case(partial(_decode, True), _DECODING),
     "jax paged_attention": Case(_paged_attention, {"step": Kernel("paged_attention", _EVERY)}),
@@ -224,7 +245,7 @@ CASES = {
     "linear decay by head": Case(partial(_linear, (1, LENGTH)), _CHUNKS),
     "linear decay by channel": Case(partial(_linear, (LENGTH, SIZE)), _CHUNKS),
 }
-RECORDED = SOFTMAX, "linear decay by head"
+RECORDED = SOFTMAX, "linear decay by head", "window"
 
 
 def _zeros(*shape):

@@ -225,7 +225,7 @@ def given_rows(r):
     return jnp.where(r > FLOOR, r, -FLOOR)
 
 
-def _split(blocks):
+def split(blocks):
     """The inexact operands of some parts, and a function that puts them back among the integer ones (which have no cotangent)."""
     leaves, tree = jax.tree.flatten(blocks)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
@@ -254,7 +254,7 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
       with the gradient of each inexact operand block, in tree order.
     """
     dtype, dot = accumulator_dtype(q.dtype), partial(parts.products.dot, transposed=transposed)
-    (to_scores, join_scores), (to_mask, _), (to_weights, join_weights) = map(_split, blocks)
+    (to_scores, join_scores), (to_mask, _), (to_weights, join_weights) = map(split, blocks)
     ok = visible(parts, at, blocks) if masked else None
 
     def with_scores(operands):

@@ -31,6 +31,18 @@ class Columns(NamedTuple):
     memory: int
 
 
+class Windows(NamedTuple):
+    """At the most ``windows`` small windows a program, ``abreast`` at a time, whose arrays fit in ``memory`` bytes; on a GPU worked on by ``warps`` of 32
+    threads, products in steps of ``chunk`` features.
+    """
+
+    windows: int
+    abreast: int = 1
+    memory: int = 0
+    warps: int = 0
+    chunk: int = 0
+
+
 class Tiles(NamedTuple):
     """A tile for each kernel of the pairs engine on a GPU.
 
@@ -72,6 +84,8 @@ TABLE: dict[str, tuple[tuple[tuple[str, int, int], Any], ...]] = {
     ),
     "flash, tpu": ((("", _ANY, _ANY), Tile(512, 512)),),
     "linear, tpu": ((("", _ANY, _ANY), Slab(chunk=128, chunks=8, memory=2**24)),),
+    "window, tpu": ((("", _ANY, _ANY), Windows(windows=64, abreast=4, memory=2**23)),),
+    "window, gpu": ((("", _ANY, _ANY), Windows(windows=64, warps=4, chunk=16)),),
     "decode, tpu": ((("", _ANY, _ANY), Columns(least=512, most=2048, pairs=2**16, memory=2**20)),),
 }
 
