@@ -1,6 +1,6 @@
 """attnx: attention mechanisms as pure JAX functions, on engines that make them fast and long."""
 
-from attnx import lazy, masks, scores, weights
+from attnx import lazy, masks, products, scores, weights
 from attnx.catalogue import cite
 from attnx.core.attention import attention, ring_attention
 from attnx.core.decode import cascade, decode
@@ -18,5 +18,5 @@ __getattr__, __dir__ = lazy.attach(__name__, {}, _ROOMS)
 __version__ = "0.1.0"
 
 __all__ = ["At", "Mechanism", "Operand", "apply", "attend_scores", "attention", "attention_scores", "attention_weights", "cascade", "cite", "decode",
-           "dot_product_attention", "edge_attention", "linear_attention", "masks", "merge", "pairs", "recurrent", "ring_attention", "row_statistics", "scores",
-           "selected_attention", "weights"]
+           "dot_product_attention", "edge_attention", "linear_attention", "masks", "merge", "pairs", "products", "recurrent", "ring_attention",
+           "row_statistics", "scores", "selected_attention", "weights"]

@@ -131,6 +131,14 @@ def _flash(parts: Callable[[Any], dict] = lambda attnx: {}):
     return _gradient(partial(attnx.attention, implementation="pallas", block_sizes=(TILE, TILE), **options), x, x, x)
 
 
+def _sage(values: str | None = None):
+    """Causal attention on queries and keys that were rounded to int8 beforehand."""
+    import attnx
+
+    attend = partial(attnx.products.sage_attention, is_causal=True, values=values, scale=1.0, tile_sizes=(TILE, TILE), implementation="pallas")
+    return attend, [_like(1, LENGTH, HEADS, SIZE)] * 3
+
+
 def _linear(decay: tuple | None):
     from attnx.core import fused
     from pallas_kernels import linear
@@ -238,6 +246,9 @@ CASES = {
     "flash offset table": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.t5_bias(_zeros(32, HEADS))}), _FOLDS),
     "window": Case(partial(_windows, True), _WINDOWS),
     "window as flash": Case(partial(_windows, False), {**_FOLDS, "bias": Kernel("pair_side", _TILES)}),
+    "flash int8 scores": Case(partial(_flash, lambda attnx: {"products": attnx.products.int8()}), _FOLDS),
+    "sage": Case(_sage, {"forward": _FOLDS["forward"]}),
+    "sage, int8 values": Case(partial(_sage, "int8"), {"forward": _FOLDS["forward"]}),
     "decode": Case(partial(_decode, False), _DECODING),
     "decode, pages": Case(partial(_decode, True), _DECODING),
     "jax paged_attention": Case(_paged_attention, {"step": Kernel("paged_attention", _EVERY)}),

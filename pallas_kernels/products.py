@@ -54,6 +54,11 @@ class Products:
         """Whether queries may be scaled before they are rounded as well as scores afterwards."""
         return True
 
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """The dtypes that operands and sums are rounded to, which not every kernel has."""
+        return frozenset()
+
     def check(self, parts) -> None:
         """Raises NotImplementedError for static ``parts`` (:class:`pallas_kernels.static.Parts`) whose products would be wrong, say with weights out of range."""
 

@@ -56,8 +56,9 @@ def raw_scores(parts: Parts, q, k, at: At, blocks: Blocks, *, transposed: bool =
         if transposed:
             turned = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), blocks)
             return raw_scores(parts, q, k, at._replace(query=at.query.T, key=at.key.T), turned).T
-        dtype = accumulator_dtype(q.dtype)
-        return parts.scores[0].pair(q.astype(dtype), k.astype(dtype), at, *blocks.scores[0])
+        if jnp.issubdtype(q.dtype, jnp.floating):
+            q, k = (x.astype(accumulator_dtype(x.dtype)) for x in (q, k))
+        return parts.scores[0].pair(q, k, at, *blocks.scores[0])
     exact = math.frexp(parts.scale)[0] == 0.5 or q.dtype == accumulator_dtype(q.dtype)
     if exact and parts.products.any_scale:  # scaling the query loses nothing, and is less work
         q, scale = q if parts.scale == 1.0 else q * parts.scale, 1.0

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.blockwise import Blockwise
-from attnx.core.checks import check_choice
+from attnx.core.checks import check_choice, describe
 from attnx.core.program import Data, Program, partition
 from attnx.core.tiling import Tiling, check_products, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
 from pallas_kernels import flash
@@ -139,8 +139,10 @@ def choose_fused(program: Program, data: Data, block_sizes=None) -> Fused:
 
 
 def _for_tpu(program, data, block_sizes, interpret):
-    if interpret is False and data.query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {data.query.dtype}; use 'blockwise'")
+    if interpret is False and program.sizes.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"implementation='pallas': a TPU computes in float32 and bfloat16, not in {program.sizes.dtype}; use 'blockwise'")
+    if interpret is False and "float16" in program.parts.products.dtypes:
+        raise NotImplementedError(f"implementation='pallas': a TPU lacks float16, which {describe(program.parts.products)} rounds to; use 'blockwise'")
     lengths = program.sizes.queries, program.sizes.keys
     check_products(program, data, block_sizes)
     most = default_sizes("flash", "tpu", data.query, data.value)
@@ -171,8 +173,8 @@ def _for_gpu(program, data, block_sizes, interpret):
 
 def _check_gpu(program, data):
     """What only a compiler for GPUs minds."""
-    if data.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"implementation='pallas': the GPU kernels compute in float32, bfloat16 and float16, not in {data.query.dtype}; use 'blockwise'")
+    if program.sizes.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"implementation='pallas': the GPU kernels compute in float32, bfloat16 and float16, not in {program.sizes.dtype}; use 'blockwise'")
     if any(x.ndim > 5 for x in jax.tree.leaves(data.operands)):
         raise NotImplementedError("implementation='pallas': the GPU kernels take no operands with axes of their own (None among an Operand's axes); "
                                   "hand over their entries one by one, or use 'blockwise'")

@@ -96,13 +96,13 @@ def _bind_part(part, sizes, argument):
 
 
 def bind(query, key, value, *, scores, mask, weights, scale, dropout_rate=0.0, seed=None, query_positions=None, key_positions=None,
-         offsets=None, contiguous=None, products=Products()) -> tuple[Program, Data]:
-    """Checks nothing that the caller has not: see :mod:`attnx.core.checks`."""
+         offsets=None, contiguous=None, products=Products(), dtype=None) -> tuple[Program, Data]:
+    """Checks nothing that the caller has not: see :mod:`attnx.core.checks`. ``dtype``: of the output, the query's by default."""
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     if offsets is None:
         reach = max([t, s, *(score.horizon + 1 for score in scores)]) - 1
         offsets = (-(t - 1), s - 1) if query_positions is None and key_positions is None else (-reach, reach)
-    sizes = Sizes(b, n, k, t, s, offsets, query.dtype)
+    sizes = Sizes(b, n, k, t, s, offsets, query.dtype if dtype is None else dtype)
     if contiguous is None:
         contiguous = query_positions is None and key_positions is None
     bound = [(part, *_bind_part(part, sizes, f"scores[{i}]")) for i, part in enumerate(scores)]
