@@ -66,6 +66,10 @@ class Products:
         """The named product over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, in the dtype in which ``b``'s sums are kept."""
         return multiply(a, b, contract)
 
+    def weigh(self, weights, unit, v):
+        """``dot('values', ...)`` of weights that are multiples of ``unit``, [rows, 1], where they are rounded."""
+        return self.dot("values", weights, v, (1, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Rounded(Products):
