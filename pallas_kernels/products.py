@@ -50,6 +50,11 @@ class Products:
         return 1, 1
 
     @property
+    def cut(self) -> bool:
+        """Whether sums over the tokens of a tile are cut into those of its blocks."""
+        return False
+
+    @property
     def any_scale(self) -> bool:
         """Whether queries may be scaled before they are rounded as well as scores afterwards."""
         return True

@@ -160,9 +160,14 @@ def _for_gpu(program, data, block_sizes, interpret):
     if interpret is False:
         _check_gpu(program, data)
     check_products(program, data, block_sizes)
+    parts = program.parts
+    if parts.products.cut:
+        block_sizes = parts.products.blocks if block_sizes is None else block_sizes
+        if interpret is False and any(n > block for n, block in zip(block_sizes, parts.products.blocks)):
+            raise NotImplementedError(f"implementation='pallas': the GPU kernels cannot cut a tile into the blocks {parts.products.blocks} of "
+                                      f"{describe(parts.products)}; leave out block_sizes, got {tuple(block_sizes)}")
     if block_sizes is not None:
         _powers(block_sizes, 16)
-    parts = program.parts
     busy = bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
     chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy, block_sizes,
                           parts.products.blocks)

@@ -86,7 +86,11 @@ class Quantised(Rounded):
     @property
     def blocks(self):
         shared = any(isinstance(x, Scaled) and x.share == "block" for _, *pair in self.formats for x in pair)
-        return self.block_sizes if shared or any(self._pieces(name) for name, *_ in self.formats) else (1, 1)
+        return self.block_sizes if shared or self.cut else (1, 1)
+
+    @property
+    def cut(self):
+        return any(self._pieces(name) for name, *_ in self.formats)
 
     @property
     def dtypes(self):
