@@ -43,6 +43,14 @@ class Windows(NamedTuple):
     chunk: int = 0
 
 
+class Languages(NamedTuple):
+    """In what the forward kernel of the recurrent engine is written, "pallas" or "triton", by decay: none, one for the head, one for each channel."""
+
+    none: str
+    head: str
+    channel: str
+
+
 class Tiles(NamedTuple):
     """A tile for each kernel of the pairs engine on a GPU.
 
@@ -83,6 +91,7 @@ TABLE: dict[str, tuple[tuple[tuple[str, int, int], Any], ...]] = {
         (("", _ANY, 8), Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
     ),
     "flash, tpu": ((("", _ANY, _ANY), Tile(512, 512)),),
+    "linear language, gpu": ((("", _ANY, _ANY), Languages("pallas", "pallas", "pallas")),),
     "linear, tpu": ((("", _ANY, _ANY), Slab(chunk=128, chunks=8, memory=2**24)),),
     "window, tpu": ((("", _ANY, _ANY), Windows(windows=64, abreast=4, memory=2**23)),),
     "window, gpu": ((("", _ANY, _ANY), Windows(windows=64, warps=4, chunk=16)),),

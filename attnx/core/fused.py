@@ -56,7 +56,7 @@ def target() -> tuple[Any, str]:
 
 def prefer(implementation: str | None, kernels: Callable, otherwise: Callable):
     """``kernels()`` where they are named or, with no implementation named, serve the call on the platform at hand; else ``otherwise()``."""
-    if implementation == "pallas":
+    if implementation in ("pallas", "triton"):
         return kernels()
     if implementation is None and target()[1] in PLATFORMS:
         try:

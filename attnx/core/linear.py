@@ -23,7 +23,7 @@ from attnx.core.fused import prefer
 from pallas_kernels.linear_tile import divide
 from pallas_kernels.tile import accumulator_dtype
 
-IMPLEMENTATIONS = ("parallel", "chunked", "recurrent", "pallas")
+IMPLEMENTATIONS = ("parallel", "chunked", "recurrent", "pallas", "triton")
 
 
 class LinearState(NamedTuple):
@@ -51,13 +51,13 @@ class _Plan:
     @property
     def fused(self):
         """Whether a form takes features, and scales and divides by itself."""
-        return self.implementation == "pallas"
+        return self.implementation in ("pallas", "triton")
 
     @property
     def form(self):
         if self.fused:
             return partial(linear_fused.attend, normalize=self.normalize, scale=self.scale, floor=self.floor, chunk_size=self.chunk_size,
-                           kernels=self.kernels)
+                           kernels=self.kernels, language=self.implementation)
         form = partial(getattr(forms, self.implementation), features=self.features)
         return partial(form, chunk_size=self.chunk_size) if self.implementation == "chunked" else form
 
@@ -95,10 +95,11 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
         ``is_causal`` a token reads its own run of equal ids. Tokens with a negative id are padding: skipped, and zero in the output.
       key_mask: booleans [B, S], the keys that count, all by default; others add nothing (time passes for them), whatever they hold.
       scale: a factor of phi(q), 1 by default.
-      chunk_size: tokens of a chunk in 'chunked' and 'pallas' (there at least 128 on a TPU, 16 on a GPU), a power of two.
+      chunk_size: tokens of a chunk in 'chunked', 'pallas' and 'triton' (there at least 128 on a TPU, 16 on a GPU), a power of two.
       implementation: 'parallel' (the definition, all pairs: O(T^2)), 'chunked' (matrix products over chunks: O(T) time and memory,
         forward and backward), 'recurrent' (token by token; for decoding), 'pallas' (the chunks in fused kernels for TPU or GPU, the state on chip; where
-        causal, first derivatives only), or None for the best that serves the call.
+        causal, first derivatives only), 'triton' (likewise, for an NVIDIA GPU, the forward pass in Triton itself, of ``pip install attnx[cuda]``), or None for the best
+        that serves the call.
       axis_name: the mesh axis over which the sequence is sharded, inside ``jax.shard_map``: all arrays with an axis T or S are this
         device's shard, in order; states are the whole sequence's, the same on every device. Devices work at once and exchange only states.
 
@@ -109,7 +110,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
       ValueError, TypeError: arguments that do not fit. NotImplementedError: a named implementation that cannot serve.
 
     Costs O(T (C (H + Hv) + H Hv)) per head with chunks of C tokens. The gradient keeps one state per slab of at least min(H, Hv) tokens
-    and recomputes the rest, so its memory is O(T (H + Hv)). Derivatives of any order exist, in both modes; 'pallas' has first ones in reverse mode.
+    and recomputes the rest, so its memory is O(T (H + Hv)). Derivatives of any order exist, in both modes; 'pallas' and 'triton' have first ones in reverse mode.
 
     Sources: Katharopoulos et al., Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, 2020, arXiv 2006.16236 (no
     decay, normaliser); Sun et al., Retentive Network: A Successor to Transformer for Large Language Models, 2023, arXiv 2307.08621 (constant
@@ -158,7 +159,7 @@ def linear_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"
     if implementation is None and t == 1 and is_causal and axis_name is None:
         implementation = "recurrent"
     _check_implementation(implementation, is_causal, axis_name)
-    served = lambda: ("pallas", linear_fused.check_kernel(query.dtype, h, is_causal, chunk_size))
+    served = lambda: linear_fused.choose_kernel(implementation, query, value, log_decay, h, is_causal, chunk_size)
     implementation, kernels = prefer(implementation, served, lambda: (implementation or "chunked", None))
     plan = _Plan(implementation, is_causal, feature_map or _identity, normalize, normalizer_floor,
                  1.0 if scale is None else check_scale(scale, 1), chunk_size, axis_name, kernels)

@@ -8,16 +8,28 @@ import jax.numpy as jnp
 from attnx.core import fused
 from attnx.core import linear_forms as forms
 from attnx.core.compat import vary, varying_axes
-from pallas_kernels import linear
+from pallas_kernels import linear, native
 
 CHUNK = {"tpu": 128, "gpu": 16}  # tokens, at the least: as many as a vector has lanes, or as a matrix product has rows
 LARGEST = 512  # size of keys on a GPU
 
 
-def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> tuple[Any, str]:
+def choose_kernel(implementation: str | None, query, value, log_decay, size: int, is_causal: bool, chunk_size: int | None) -> tuple[str, Any]:
+    """The implementation, the one that is named or else what the table of sizes has for the device at hand, and what :func:`check_kernel` says of it."""
+    if implementation is None and fused.target() == (False, "gpu") and native.installed():
+        implementation = fused.default_sizes("linear language", "gpu", query, value)[0 if log_decay is None else 1 if log_decay.ndim < 4 else 2]
+    implementation = implementation or "pallas"
+    return implementation, check_kernel(query.dtype, size, is_causal, chunk_size, implementation)
+
+
+def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None, language: str = "pallas") -> tuple[Any, str]:
     """How the kernels are to be run, ``interpret`` of ``pallas_call``, and on what platform, if they can serve the call."""
     interpret, platform = fused.target()
-    lacks = "implementation='pallas': the kernels of the recurrent engine"
+    lacks = f"implementation={language!r}: the kernels of the recurrent engine"
+    if language == "triton":
+        if platform != "gpu" or interpret is not False:
+            raise NotImplementedError(f"{lacks} in Triton itself are for a GPU, the backend is {platform!r}{' emulated' * bool(interpret)}; use 'pallas' or None")
+        native.check_installed()
     if platform not in CHUNK:
         raise NotImplementedError(f"{lacks} are for TPU and GPU, the backend is {platform!r}; use 'chunked' or None (attnx.core.fused.forced() emulates them)")
     if not is_causal:
@@ -33,7 +45,8 @@ def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None) -> t
     return interpret, platform
 
 
-def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float, floor: float | None, chunk_size: int | None, kernels: tuple[Any, str]):
+def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float, floor: float | None, chunk_size: int | None, kernels: tuple[Any, str],
+           language: str = "pallas"):
     """A form (:mod:`attnx.core.linear_forms`) that scales and divides by itself: ``(out [B, T, N, Hv] in the query's dtype, state)``.
 
     Args:
@@ -42,6 +55,7 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
       log_decay: [B or 1, T or 1, M or 1, 1 or H], or None.
       state: [B, M, H, Hv] or, with ``normalize``, [B, M, H, Hv + 1], whose last column is the normaliser.
       kernels: what :func:`check_kernel` says.
+      language: "pallas", or "triton" for the forward pass on a GPU in Triton itself.
     """
     (b, t, n, _), m = query.shape, state.shape[1]
     if not query.size:  # states alone
@@ -49,7 +63,7 @@ def attend(query, key, value, log_decay, state, *, normalize: bool, scale: float
         out, state = forms.chunked(query, key, value, log_decay, state, features=lambda x: x, chunk_size=None)
         return jnp.zeros((b, t, n, value.shape[3] - normalize), query.dtype), state
     interpret, platform = kernels
-    options = dict(scale=scale, floor=floor, interpret=interpret)
+    options = dict(scale=scale, floor=floor, interpret=interpret) | (dict(language=language) if platform == "gpu" else {})
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (b, t, m, log_decay.shape[3]))
     form = _on_tpu if platform == "tpu" else _on_gpu

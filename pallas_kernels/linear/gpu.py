@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.flash.gpu_quick import quickened
-from pallas_kernels.linear import gpu_tile
+from pallas_kernels.linear import gpu_tile, triton_launch
 from pallas_kernels.linear.arrays import State, Tokens, differentiated_once, shared
 from pallas_kernels.linear.gpu_launch import ALL, Field, Plan, launch, plain, slabs_of, stacked, token_fields, width
 from pallas_kernels.tile import accumulator_dtype
@@ -67,6 +67,9 @@ def _forward(plan, tokens, state):
     arriving = jax.tree.map(lambda x: x[:, :, None], state)
     if slabs_of(plan, tokens) > 1:
         arriving = _scan(plan, tokens, state, _states(plan, tokens, _blank(state, slabs_of(plan, tokens))), reverse=False)
+    if plan.language == "triton":
+        out, denominators, leaving = triton_launch.forward(plan, tokens, arriving)
+        return out, jax.tree.map(lambda x: x[:, :, -1], leaving), arriving, denominators
 
     def program(here, inputs, outputs):
         (tokens, arriving), (out, denominators, leaving) = inputs, outputs
@@ -164,6 +167,8 @@ _attend.defvjp(_keep, _backward)
 
 def _states(plan, tokens, arriving, keep=False):
     """The states that leave the slabs, given those that arrive at them; or those that a gradient keeps."""
+    if plan.language == "triton" and not keep:
+        return triton_launch.forward(plan, tokens, arriving, read=False)[2]
     _, write = _chunk_functions(plan, tokens)
 
     def program(here, inputs, states):

@@ -33,6 +33,7 @@ class Plan:
       scale: a factor of the output.
       floor: of the denominator, see :func:`pallas_kernels.linear_tile.divide`.
       interpret: as for ``pallas_call``.
+      language: "triton" for the forward pass in Triton itself (:mod:`pallas_kernels.linear.triton_launch`).
     """
 
     states: int
@@ -43,6 +44,7 @@ class Plan:
     scale: float = 1.0
     floor: float | None = None
     interpret: Any = False
+    language: str = "pallas"
 
     @property
     def slab(self):

@@ -1,14 +1,17 @@
 """What ``implementation=None`` picks: kernels where they serve the call on the platform at hand, and nothing that raises elsewhere."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import attnx
 from attnx import masks, scores
-from attnx.core import cudnn, fused
+from attnx.core import cudnn, fused, linear_fused
 from attnx.core.linear import linear_attention
 from attnx.core.selected import selected_attention
+from pallas_kernels import native, tiles
 
 INDICES = jnp.zeros((1, 1, 2, 1), jnp.int32)
 
@@ -103,3 +106,23 @@ def test_gpu(monkeypatch):
         for x, options in ((QUERY, {}), (half, dict(scores=scores.alibi(4))), (half, dict(return_residual=True)), (half, dict(query_positions=jnp.arange(16)))):
             assert kernels(attend, x, **options)
     assert len(asked) == 3
+
+
+def test_the_language_of_the_recurrent_engine(monkeypatch):
+    """Pallas, unless Triton is named, or installed and in the table for the device."""
+    x = array(2, 16, 4, 8)
+    chosen = lambda implementation=None: linear_fused.choose_kernel(implementation, x, x, None, 8, True, None)[0]
+    for context, backend in ((fused.forced(platform="gpu"), "'gpu' emulated"), (fused.forced(interpret=False), "'tpu'"), (contextlib.nullcontext(), "'cpu'")):
+        with context, pytest.raises(NotImplementedError, match=f"implementation='triton'.* are for a GPU, the backend is {backend}; use 'pallas'"):
+            jax.eval_shape(lambda q: linear(q, q, q, implementation="triton"), x)
+    with fused.forced(interpret=False, platform="gpu"):
+        monkeypatch.setattr(native, "_missing", lambda: ["jax-triton"])
+        with pytest.raises(NotImplementedError, match=r"needs jax-triton; pip install attnx\[cuda\]"):
+            chosen("triton")
+        monkeypatch.setitem(tiles.TABLE, "linear language, gpu", ((("", 64, 4), tiles.Languages("triton", "pallas", "pallas")), *tiles.TABLE["linear language, gpu"]))
+        assert chosen() == "pallas"
+        monkeypatch.setattr(native, "_missing", lambda: [])
+        assert chosen() == chosen("triton") == "triton" and chosen("pallas") == "pallas"
+        assert linear_fused.choose_kernel(None, x, x, array(2, 16, 4), 8, True, None)[0] == "pallas"
+        with pytest.raises(NotImplementedError, match="not in float16"):
+            linear_fused.choose_kernel("triton", array(2, 16, 4, 8, dtype=jnp.float16), x, None, 8, True, None)
