@@ -29,8 +29,8 @@ FLOPS = {"forward": 4, "backward": 10}  # per pair, head and unit of head size: 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Times the fused kernels in bfloat16 on an NVIDIA GPU: the causal and the full softmax beside other libraries; masks, scores, weights and chosen blocks beside
-    our own causal softmax at equal work; the recurrent engine and decoding beside other libraries and the time that reading and writing the arrays once takes.
-    Every contestant is first held against the definition in float32. Libraries that are not installed are left out.
+    our own causal softmax at equal work; many small windows beside XLA; the recurrent engine and decoding beside other libraries and the time that reading and
+    writing the arrays once takes. Every contestant is first held against the definition in float32. Libraries that are not installed are left out.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -49,6 +49,8 @@ class Options:
     """Sequence lengths where blocks are chosen."""
     chosen: int = 16
     """Blocks that each block of queries chooses."""
+    windows: tuple[int, ...] = (1024, 4096, 16384)
+    """Numbers of windows of 7 x 7 tokens."""
     linear_lengths: tuple[int, ...] = (16384, 131072, 1048576)
     """Sequence lengths of the recurrent engine."""
     decode_batches: tuple[int, ...] = (1, 8, 64)

@@ -15,6 +15,7 @@ from attnx import masks, scores, weights
 from attnx.core.decode import decode
 from attnx.core.linear import linear_attention
 from attnx.core.selected import selected_attention
+from attnx.core.windows import window_attention
 
 OURS = "attnx pallas"
 
@@ -63,7 +64,7 @@ class Contest(NamedTuple):
 
 def contests(options):
     """All of them."""
-    return [*_libraries(options), _parts(options), *_selected(options), *_linear(options), *_decoding(options)]
+    return [*_libraries(options), _parts(options), *_selected(options), *_windows(options), *_linear(options), *_decoding(options)]
 
 
 def _libraries(options):
@@ -157,6 +158,33 @@ def _selected(options):
                    "the last blocks": sum(min(n + 1, options.chosen) for n in range(blocks)) / blocks**2}
         shape = Shape(1, length, heads, kv_heads, size)
         yield _of_pairs(f"{options.chosen} chosen blocks of {block}, T={length}, D={size}", shape, entries, density.get, "causal softmax")
+
+
+def _windows(options):
+    """Windows of 7 x 7 tokens with a bias for each pair, beside XLA's materialised maps and each window as a short sequence."""
+    for count in options.windows:
+        shape = Shape(count, 49, 4, 4, 32)
+        small = shape._replace(batch=min(16, count))
+        yield Contest(f"{count} windows, T={shape.length}, D={shape.size}", shape, _of_windows, lambda _: 1.0, "XLA", _tokens_and_bias, small)
+
+
+def _tokens_and_bias(shape: Shape):
+    """Query, key, value, a bias and the output's cotangent."""
+    *arrays, cotangent = _queries_keys_values(shape)
+    return [*arrays, jax.random.normal(jax.random.key(1), (shape.heads, shape.length, shape.length), jnp.bfloat16), cotangent]
+
+
+def _of_windows(_):
+    def attend(implementation, query, key, value, bias):
+        return window_attention(query, key, value, bias=bias, implementation=implementation)
+
+    def as_sequences(query, key, value, bias):
+        return attnx.attention(query, key, value, scores=scores.bias(bias), implementation="pallas")
+
+    calls = {OURS: partial(attend, "pallas"), "XLA": partial(attend, "reference"), "flash, a window a sequence": as_sequences,
+             "cuDNN": lambda query, key, value, bias: jax.nn.dot_product_attention(query, key, value, bias[None], implementation="cudnn")}
+    expected = by_definition(partial(attend, "reference"))
+    return {name: Entry(of_jax(call), expected) for name, call in calls.items()}
 
 
 def _entry(attend):

@@ -17,16 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from attnx.core import checks, fused
 from attnx.core.attention import execute_reference, no_tiles, sink_of
+from attnx.core.compat import vary, varying_axes
 from attnx.core.program import Data, Program, bind, unbind_output
 from attnx.core.tiling import map_operands
 from pallas_kernels import window
 from pallas_kernels.parts import Blocks, Exponential, Mask, Operand, Score, Similarity, Sizes, Softmax, Spec, Weights, part
 from pallas_kernels.static import strip
+from pallas_kernels.tiles import power
 
 IMPLEMENTATIONS = ("reference", "blockwise", "pallas")
 LONGEST = {"tpu": 256, "gpu": 128}  # tokens of a window whose map stays on chip
@@ -76,12 +79,13 @@ def window_attention(
     value: Float[Array, "*W S K Hv"],
     *,
     bias: Float[Array, "N S S"] | None = None,
-    regions: Int[Array, "nW S"] | None = None,
-    mask: Mask | Bool[Array, "nW S S"] | None = None,
+    regions: Int[Array, "nW S"] | np.ndarray | None = None,
+    mask: Mask | Bool[Array, "nW S S"] | np.ndarray | None = None,
     scores: Score | tuple[Score, ...] = (),
     weights: Weights = Softmax(),
     scale: float | None = None,
     implementation: str | None = None,
+    chunk_size: int | None = None,
 ) -> Float[Array, "*W S N Hv"]:
     """Attention of every window by itself.
 
@@ -101,6 +105,7 @@ def window_attention(
       scale: factor of the dot product, a static number; 1 / sqrt(H) by default.
       implementation: "reference" (materialised), "blockwise" (one block of windows after another, recomputed for the gradient), "pallas" (fused kernels, windows of up
         to 256 tokens on a TPU and 128 on a GPU), or None: "pallas" where it serves, else "reference".
+      chunk_size: features that a step of a product takes in the kernels of a GPU, a power of two and at least 16, where one may be chosen.
 
     Returns:
       As query, with values' size, in the query's dtype. Rows that see nothing are zero.
@@ -117,6 +122,8 @@ def window_attention(
     (8, 49, 3, 32)
     """
     checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if chunk_size is not None and power(checks.check_integer("chunk_size", chunk_size, least=1)) != chunk_size:
+        raise ValueError(f"chunk_size: expected a power of two and at least 16, got {chunk_size}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_array(name, x)
         if x.ndim < 4 or x.shape[:-3] != query.shape[:-3] or x.shape[-3] != query.shape[-3]:
@@ -137,7 +144,10 @@ def window_attention(
             raise NotImplementedError("implementation='pallas': the window kernels have no sink in the weights; use 'blockwise' or 'reference'")
         program, data = _bind(query[..., :0], key[..., :0], None, *call)
         plan, operands = _plan(program, data.operands, query, key, value)
-        return _attend(plan, query, key, value, operands)
+        if chunk_size is not None:
+            plan = dataclasses.replace(plan, sizes=plan.sizes._replace(chunk=chunk_size))
+        arrays = query, key, value, operands
+        return _attend(plan, *vary(arrays, varying_axes(arrays)))
 
     def otherwise():
         program, data = _bind(query, key, value, *call)

@@ -28,6 +28,7 @@ from pallas_kernels.window.arrays import Plan, inexact
 from pallas_kernels.window.tile import weigh
 
 VMEM = 48 * 2**20  # bytes of on-chip memory a kernel may have; the smallest chips have 64 MiB
+PAIRS = 2**16  # scores at a time, of several windows together
 
 
 class Cut(NamedTuple):
@@ -59,7 +60,8 @@ def cut_call(query, value, operands, sizes: Windows) -> Cut:
     most = min(most, sizes.windows)
     period = max([x.shape[0] for x in jax.tree.leaves(operands) if x.shape[0] < nw], default=1)
     windows = _share(period, most, exact=True) if period > most else period * _share(nw // period, most // period)
-    return Cut(heads, length, rows, together, -(-heads // together), windows, math.gcd(windows, sizes.abreast))
+    abreast = max(n for n in range(1, sizes.abreast + 1) if windows % n == 0 and (n == 1 or n * rows * rows * together <= PAIRS))
+    return Cut(heads, length, rows, together, -(-heads // together), windows, abreast)
 
 
 def _share(n: int, most: int, exact: bool = False) -> int:

@@ -17,7 +17,7 @@ def test_refuses_without_a_gpu():
 
 
 def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
-    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, selected_lengths=(), linear_lengths=(),
+    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, selected_lengths=(), windows=(2,), linear_lengths=(),
                       decode_batches=(1,), decode_lengths=(64,), copied=1, rounds=1, seconds=0.0, out=tmp_path)
     with fused.forced(platform="gpu"):
         rows = bench(options, Console(file=io.StringIO()))["results"]
@@ -26,6 +26,7 @@ def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
     assert problems == {"cuDNN"}  # which a CPU has not
     timed = [row for row in rows if "problem" not in row]
     assert {(row["name"], row["pass"]) for row in timed} >= {(OURS, "forward"), (OURS, "backward"), ("16 documents", "backward"), ("softpick", "forward")}
+    assert {row["name"] for row in timed if "windows" in row["contest"]} == {OURS, "XLA", "flash, a window a sequence"}
     plain = [row for row in timed if row["name"] == "causal softmax"]
     assert [row["speed"] for row in plain] == [1.0, 1.0]
     assert [row["name"] for row in timed if row["floor"] is not None] == [OURS, "XLA"]  # that decode

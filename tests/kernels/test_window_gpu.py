@@ -15,15 +15,11 @@ from pallas_kernels.tiles import TABLE
 from pallas_kernels.window import gpu
 
 
-def set_sizes(monkeypatch, **sizes):
-    monkeypatch.setitem(TABLE, "window, gpu", tuple((fits, entry._replace(**sizes)) for fits, entry in TABLE["window, gpu"]))
-
-
 @pytest.fixture
 def few_programs(monkeypatch):
     """Gradients in groups of four windows, the last of them smaller."""
     monkeypatch.setattr(gpu, "PROGRAMS", 1)
-    set_sizes(monkeypatch, windows=4)
+    monkeypatch.setitem(TABLE, "window, gpu", tuple((fits, sizes._replace(windows=4)) for fits, sizes in TABLE["window, gpu"]))
 
 
 @pytest.mark.parametrize("length, size", SIZES)
@@ -52,17 +48,11 @@ def test_bfloat16():
     agreement.assert_agree(got, exact, 2e-2)
 
 
-def test_steps_along_the_features_change_nothing(monkeypatch):
+def test_steps_along_the_features_change_nothing():
     """16 features at a time, or all."""
     arguments = case(49, 64, windows=2, dtype=jnp.float32)
-
-    def results(chunk):
-        set_sizes(monkeypatch, chunk=chunk)
-        jax.clear_caches()
-        with fused.forced(platform="gpu"):
-            return run("pallas", *arguments)
-
-    agreement.assert_agree(results(16), results(64), 1e-6)
+    with fused.forced(platform="gpu"):
+        agreement.assert_agree(*(run("pallas", *arguments, chunk_size=chunk) for chunk in (16, 64)), 1e-6)
 
 
 def lower(length, size, dtype=jnp.bfloat16, **parts):

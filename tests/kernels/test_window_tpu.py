@@ -104,6 +104,29 @@ def test_transformations(x64, few_windows):
     agreement.assert_agree(got, gradient("reference", *arrays), 1e-11)
 
 
+def test_shards_of_a_batch_are_typed():
+    """With the checks of shard_map on, which the interpreter of kernels lacks: traced as for a TPU."""
+    mesh, spec = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
+
+    def loss(x, bias):
+        attend = lambda x, bias: window_attention(x, x, x, bias=bias, implementation="pallas")
+        return jax.shard_map(attend, mesh=mesh, in_specs=(spec, None), out_specs=spec)(x, bias).sum()
+
+    with fused.forced(interpret=False):
+        gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), jnp.ones((2, 4, 2, 8)), jnp.zeros((2, 4, 4)))
+    assert [g.shape for g in gradients] == [(2, 4, 2, 8), (2, 4, 4)]
+
+
+def test_none_picks_kernels_that_serve():
+    def kernels(value, **options):
+        return "pallas_call" in str(jax.make_jaxpr(lambda x, value: window_attention(x, x, value, **options))(jnp.ones((2, 4, 2, 8)), value))
+
+    value = jnp.ones((2, 4, 2, 8))
+    assert not kernels(value)
+    with fused.forced():
+        assert kernels(value) and not kernels(value, implementation="blockwise") and not kernels(value[..., :1])
+
+
 def test_says_what_it_lacks():
     x = jnp.ones((2, 4, 2, 8))
     with pytest.raises(NotImplementedError, match="backend is 'cpu'"):

@@ -29,14 +29,14 @@ def case(length: int, size: int, *, windows: int = 6, heads: int = 3, value_size
     return (*arrays, table.astype(jnp.promote_types(dtype, jnp.float32)) if bias else None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(implementation, query, key, value, cotangent, bias, parts=None):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="chunk_size")
+def run(implementation, query, key, value, cotangent, bias, parts=None, *, chunk_size=None):
     """The output, and the gradients by query, key, value, bias and the arrays of scores."""
     parts = parts or {}
     scores = parts.get("scores", ())
 
     def attend(query, key, value, bias, scores):
-        return window_attention(query, key, value, bias=bias, implementation=implementation, **{**parts, "scores": scores})
+        return window_attention(query, key, value, bias=bias, implementation=implementation, chunk_size=chunk_size, **{**parts, "scores": scores})
 
     out, pull = jax.vjp(attend, query, key, value, bias, scores)
     return out, pull(cotangent)
