@@ -114,7 +114,7 @@ def _run(contest: Contest, options: Options, bandwidth: float) -> list[dict[str,
         try:
             arrays = contest.arrays(contest.small)
             works = checked[name].passes(*arrays)
-            error = _error(works, checked[name].expected(*arrays))
+            error = difference(works, checked[name].expected(*arrays))
             if not error <= TOLERANCE:
                 raise ArithmeticError(f"differs from the definition by {error:.1e}")
             works = works if contest.small == contest.shape else entry.passes(*contest.arrays(contest.shape))
@@ -134,7 +134,8 @@ def _run(contest: Contest, options: Options, bandwidth: float) -> list[dict[str,
     return rows
 
 
-def _error(works, expected):
+def difference(works, expected) -> float:
+    """The largest, relative to the larger of 1 and the largest entry."""
     found = [x for work in works.values() for x in work.arrays(work.run())]
     return max(float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in zip(found, expected, strict=True))
 

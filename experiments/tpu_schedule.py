@@ -23,6 +23,8 @@ from attnx.cli import UsageError
 from experiments import markdown
 from experiments.options import parse
 from experiments.tpu import ENVIRONMENT, TOPOLOGIES
+from experiments.tpu import gradient as _gradient
+from experiments.tpu import like as _like
 
 TILE, SIZE, CHUNK = 512, 128, 128  # queries and keys of a tile, size of a head, tokens of a chunk
 BATCH, ROWS, KV_HEADS, PAGE, COLUMNS = 8, 32, 8, 64, 2048  # of decoding: query heads, key-value heads, tokens of a page, keys of a tile (one for each head and token)
@@ -103,23 +105,6 @@ def counts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 # Cases: functions of the sharding that give a function and its abstract arguments -------------------------------------
-
-
-def _gradient(attend: Callable, *arguments):
-    """The forward and the backward pass of ``attend``, and its arguments with those of the backward pass."""
-    import jax
-
-    def both(arguments, cotangents):
-        out, pull = jax.vjp(attend, *arguments)
-        return out, pull(cotangents)
-
-    return both, (arguments, jax.eval_shape(attend, *arguments))
-
-
-def _like(*shape, dtype="bfloat16"):
-    import jax
-
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _flash(parts: Callable[[Any], dict] = lambda attnx: {}):
@@ -284,7 +269,7 @@ def _compile(chip: str, folder: Path, names: Sequence[str]) -> list[dict[str, An
             with jax.default_device(device):
                 jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
         for which, kernel in CASES[name].kernels.items():
-            found = list(pieces(*_dumped(folder, kernel.named)))
+            found = list(pieces(*dumped(folder, kernel.named)))
             parts = kernel.parts if len(kernel.parts) == len(found) else [f"part {n + 1}" for n in range(len(found))]
             rows += [{"chip": chip, "case": name, "pass": which, "part": part, **piece} for part, piece in zip(parts, found)]
         for file in folder.iterdir():
@@ -292,7 +277,7 @@ def _compile(chip: str, folder: Path, names: Sequence[str]) -> list[dict[str, An
     return rows
 
 
-def _dumped(folder: Path, named: str) -> tuple[str, str]:
+def dumped(folder: Path, named: str) -> tuple[str, str]:
     """The schedule of the kernel so named, and its use of slots."""
     files = [file for file in folder.iterdir() if named in file.name]
     (bundles,) = [file for file in files if re.search(r"-\d+-final_bundles\.txt$", file.name)]
@@ -315,20 +300,37 @@ def pieces(bundles: str, use: str) -> Iterator[dict[str, Any]]:
     for start, stop in sorted(regions):
         if not any((a, b) != (start, stop) and start <= a and b <= stop for a, b in regions):
             used = {unit: sum(slots[unit] for slots in filled[start:stop]) for unit in units}
-            yield {"bundles": stop - start, "matrix": sum(matrix[start:stop]), "spills": used["VLOAD:FILL"] + used["VSTORE:SPILL"], "used": used,
+            yield {"start": start, "bundles": stop - start, "matrix": sum(matrix[start:stop]), "spills": used["VLOAD:FILL"] + used["VSTORE:SPILL"], "used": used,
                    "share": {unit: round(used[unit] / n / (stop - start), 4) for unit, n in zip(units, capacity)}}
+
+
+def sweep(bundles: str, use: str) -> dict[str, Any]:
+    """A kernel's loop over its grid: its innermost ``pieces`` that use the matrix unit, the bundles that ``every`` step runs besides, and those, free of the
+    matrix unit, that a step may leap over: what starts and finishes a block, ``once`` for each."""
+    inside, regions = list(pieces(bundles, use)), set(_regions(bundles))
+    marks = dict(re.findall(r"^\s*(0x[0-9a-f]+|0) (LB|PF):", bundles, re.M))
+    lands, loops = ({int(address, 16) for address, mark in marks.items() if mark == which} for which in ("PF", "LB"))
+    busy = [(piece["start"], piece["start"] + piece["bundles"]) for piece in inside]
+    holds = lambda a, b: any(start < b and a < stop for start, stop in busy)
+    around = [(a, b) for a, b in regions if a in loops and all(a <= start and stop <= b for start, stop in busy)]
+    start, stop = max(around, key=lambda region: region[1] - region[0]) if around else (0, len(re.findall(_BUNDLE, bundles)))
+    leapt = {(a, b) for a, b in regions if b in lands and start <= a and b < stop and not holds(a, b)}
+    once = sum(b - a for a, b in leapt if not any(c <= a and b <= d and (a, b) != (c, d) for c, d in leapt))
+    return {"pieces": inside, "once": once, "every": stop - start - once - sum(piece["bundles"] for piece in inside)}
+
+
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0) [^:\n]*:", re.M)
 
 
 def _regions(bundles: str) -> Iterator[tuple[int, int]]:
     """Where the regions of a schedule start and stop; the few that the compiler merged across others have no end of their own and are left out."""
-    opened = {}
-    for address, rest in re.findall(r"^\s*(0x[0-9a-f]+|0)\s[^:\n]*:(.*)$", bundles, re.M):
-        for comment in re.findall(r"/\* ((?:Start|End) .*?) \*/", rest):
-            for which, region in re.findall(r"(Start|End) region (\d+)", comment):
-                if which == "Start":
-                    opened[region] = int(address, 16)
-                elif region in opened:
-                    yield opened.pop(region), int(address, 16) + 1
+    opened, parts = {}, _BUNDLE.split(bundles)
+    for address, rest in zip(parts[1::2], parts[2::2]):
+        for which, region in re.findall(r"\b(Start|End) region (\d+)", rest):
+            if which == "Start":
+                opened[region] = int(address, 16)
+            elif region in opened:
+                yield opened.pop(region), int(address, 16) + 1
 
 
 # Results --------------------------------------------------------------------------------------------------------------

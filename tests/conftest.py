@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["ATTNX_TILES"] = ""  # sizes that a user has tuned are not what is tested
 FLAGS = {"xla_force_host_platform_device_count": "8"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older emitter of fused loops compiles three to four times faster; later versions do not have it.

@@ -7,6 +7,7 @@ are skipped or left unmasked by the same table. Results are written once, in the
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from pallas_kernels.parts import Similarity, Softmax
 from pallas_kernels.tiles import Tiles, choose_tiles, look_up, power
 
 PLATFORMS = ("tpu", "gpu")
+PADDING = 1.05  # times as many pairs, at the most, for the sake of larger tiles
 _forced = contextvars.ContextVar("forced", default=None)
 
 
@@ -66,11 +68,13 @@ def prefer(implementation: str | None, kernels: Callable, otherwise: Callable):
     return otherwise()
 
 
-def default_sizes(kernel: str, platform: str, *arrays):
-    """The entry of the table of sizes for a kernel on the device at hand, and the widest of some arrays [.., H] (or None)."""
-    device = jax.devices()[0].device_kind if jax.default_backend() == platform else ""
+def default_sizes(kernel: str, platform: str, *arrays, length: int = 0):
+    """The entry of the table of sizes for a kernel on the device at hand, the widest of some arrays [.., H] (or None), and a length (see ``look_up``)."""
+    chosen = jax.config.jax_default_device
+    chosen = chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
+    device = chosen.device_kind if chosen.platform == platform else ""
     arrays = [x for x in arrays if x is not None]
-    return look_up(f"{kernel}, {platform}", device, max(x.shape[-1] for x in arrays), max(x.dtype.itemsize for x in arrays))
+    return look_up(f"{kernel}, {platform}", device, max(x.shape[-1] for x in arrays), max(x.dtype.itemsize for x in arrays), length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +149,28 @@ def _for_tpu(program, data, block_sizes, interpret):
         raise NotImplementedError(f"implementation='pallas': a TPU lacks float16, which {describe(program.parts.products)} rounds to; use 'blockwise'")
     lengths = program.sizes.queries, program.sizes.keys
     check_products(program, data, block_sizes)
-    most = default_sizes("flash", "tpu", data.query, data.value)
-    tiling = Tiling(*([min(size, power(n, 128)) for size, n in zip((most.bq, most.bk), lengths)] if block_sizes is None else _powers(block_sizes, 128)), 1)
+    most, scaled = _most(program, data), program.parts.products.blocks
+    chosen = [min(max(size, block), power(n, 128)) for size, block, n in zip((most.bq, most.bk), scaled, lengths)] if block_sizes is None else _powers(block_sizes, 128)
+    tiling = Tiling(*chosen, 1)
     return Fused(without_padding(program, tiling), tiling, None, interpret)
+
+
+def _most(program, data):
+    """The largest tile for a call. Where nothing but a softmax has to fit on the chip, and no pairs are left out but those of the future, it grows with the
+    lengths, unless blocks of padding would undo it."""
+    parts, lengths = program.parts, (program.sizes.queries, program.sizes.keys)
+    sizes = partial(default_sizes, "flash", "tpu", data.query, data.value)
+    least, whole = sizes(), parts.mask is None or (not program.specs.mask and parts.mask.as_jax_nn() == {"is_causal": True})
+    if _busy(parts) or not parts.products.exact or not whole or not program.contiguous:
+        return least
+    most = sizes(length=min(lengths))
+    padded = lambda tile: math.prod(n + -n % size for n, size in zip(lengths, (tile.bq, tile.bk)))
+    return most if padded(most) <= PADDING * padded(least) else least
+
+
+def _busy(parts) -> bool:
+    """Whether more is done to a score than a plain softmax does."""
+    return bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
 
 
 def _for_gpu(program, data, block_sizes, interpret):
@@ -168,8 +191,7 @@ def _for_gpu(program, data, block_sizes, interpret):
                                       f"{describe(parts.products)}; leave out block_sizes, got {tuple(block_sizes)}")
     if block_sizes is not None:
         _powers(block_sizes, 16)
-    busy = bool(parts.scores or parts.dropout_rate or parts.weights.arity or not isinstance(parts.weights, Softmax))
-    chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, busy, block_sizes,
+    chosen = choose_tiles(default_sizes("flash", "gpu", data.query, data.value), program.sizes.queries, program.sizes.keys, _busy(parts), block_sizes,
                           parts.products.blocks)
     tiling = Tiling(chosen.rows.bq, chosen.rows.bk, 1)
     largest = Tiling(*(max(pair) for pair in zip(tiling, chosen.largest)), 1)

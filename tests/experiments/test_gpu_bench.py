@@ -7,7 +7,7 @@ from rich.console import Console
 
 from attnx.cli import UsageError
 from attnx.core import fused
-from experiments.gpu_bench import TOLERANCE, Options, _error, bench, main
+from experiments.gpu_bench import TOLERANCE, Options, bench, difference, main
 from experiments.gpu_contests import OURS, contests
 
 
@@ -42,4 +42,4 @@ def test_other_engines_agree_with_their_definitions():
         entry = contest.entries(contest.small.length)["any blocks" if name == "1" else OURS]
         with fused.forced(platform="gpu"):
             got = entry.passes(*arrays)
-            assert _error({"forward": got["forward"]}, entry.expected(*arrays)[:1]) < TOLERANCE
+            assert difference({"forward": got["forward"]}, entry.expected(*arrays)[:1]) < TOLERANCE
