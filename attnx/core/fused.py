@@ -19,7 +19,7 @@ from attnx.core.blockwise import Blockwise
 from attnx.core.checks import check_choice, describe
 from attnx.core.program import Data, Program, partition
 from attnx.core.tiling import Tiling, check_products, cover, pad_rows, pad_to_blocks, unpad_operand, without_padding
-from pallas_kernels import flash
+from pallas_kernels import flash, native
 from pallas_kernels.parts import Similarity, Softmax
 from pallas_kernels.tiles import Tiles, choose_tiles, look_up, power
 
@@ -54,6 +54,15 @@ def forced(interpret: Any = True, platform: str = "tpu"):
 def target() -> tuple[Any, str]:
     """How and for what platform kernels are to be run here: what :func:`forced` says, or compiled for the backend."""
     return _forced.get() or (False, jax.default_backend())
+
+
+def check_native(implementation: str, kernels: str):
+    """Raises NotImplementedError where ``kernels`` in Triton itself cannot be run or compiled."""
+    interpret, platform = target()
+    if platform != "gpu" or interpret is not False:
+        backend = f"{platform!r}{' emulated' * bool(interpret)}"
+        raise NotImplementedError(f"implementation={implementation!r}: {kernels} in Triton itself are for a GPU, the backend is {backend}; use 'pallas' or None")
+    native.check_installed()
 
 
 def prefer(implementation: str | None, kernels: Callable, otherwise: Callable):

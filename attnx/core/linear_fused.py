@@ -27,9 +27,7 @@ def check_kernel(dtype, size: int, is_causal: bool, chunk_size: int | None, lang
     interpret, platform = fused.target()
     lacks = f"implementation={language!r}: the kernels of the recurrent engine"
     if language == "triton":
-        if platform != "gpu" or interpret is not False:
-            raise NotImplementedError(f"{lacks} in Triton itself are for a GPU, the backend is {platform!r}{' emulated' * bool(interpret)}; use 'pallas' or None")
-        native.check_installed()
+        fused.check_native(language, "the kernels of the recurrent engine")
     if platform not in CHUNK:
         raise NotImplementedError(f"{lacks} are for TPU and GPU, the backend is {platform!r}; use 'chunked' or None (attnx.core.fused.forced() emulates them)")
     if not is_causal:

@@ -24,13 +24,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from attnx.core import checks
+from attnx.core import checks, fused
 from attnx.core.attention import IMPLEMENTATIONS, attention, evaluate
 from attnx.core.program import bind, partition
 from attnx.masks.causal import causal
 from attnx.products.eight_bits import Format, Quantised, UpToOne, int8
 from pallas_kernels.parts import Mask, Operand, Similarity, Softmax, part
 from pallas_kernels.products import accumulator_dtype, multiply
+from pallas_kernels.quantised import formats, triton_launch
 from pallas_kernels.quantised.formats import error_metrics, quant_int8, smooth_k
 from pallas_kernels.tiles import power
 
@@ -92,7 +93,8 @@ def sage_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
       tile_sizes: (queries, keys) of a tile, whole blocks, as block_sizes of :func:`attnx.attention`. Weights are rounded relative to the largest score so far,
         which tiles determine.
       return_residual: also return the log-normaliser [B, T, N], that of the keys as they came.
-      implementation: as in :func:`attnx.attention`.
+      implementation: as in :func:`attnx.attention`, or 'triton': a forward kernel in Triton itself, for an NVIDIA GPU (``pip install attnx[cuda]``), without ``mask``, of
+        scores 'token' or 'block' (multiples of 128 and 64) and values None (16 bits), 'float16', 'int8' or 'float8' (weights at 1 / 448).
 
     Returns:
       [B, T, N, Hv] in the query's dtype; with return_residual the pair (out, r).
@@ -111,11 +113,13 @@ def sage_attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"],
     True
     """
     query, key, value = checks.check_query_key_value(query, key, value)
-    checks.check_choice("implementation", implementation, IMPLEMENTATIONS)
+    checks.check_choice("implementation", implementation, (*IMPLEMENTATIONS, "triton"))
     checks.check_parts((), mask, Softmax())
     int8(scores, values, block_sizes=block_sizes)  # checks all three
     options = _Options(scores, values, bool(smooth_k), checks.check_scale(scale, query.shape[3]), checks.check_block_sizes(block_sizes), implementation,
                        tile_sizes)
+    if implementation == "triton" and mask is not None:
+        raise NotImplementedError("implementation='triton': the kernels of quantised attention have is_causal and no other masks; use 'pallas' or None")
     out, r = _attend(options, query, key, value, mask if not is_causal else causal() & mask)
     return (out, r) if return_residual else out
 
@@ -133,6 +137,9 @@ def _smooth(options, query, key):
 def _attend(options: _Options, query, key, value, mask):
     dtype, wide = query.dtype, accumulator_dtype(query.dtype)
     key, lost = _smooth(options, query, key)
+    if options.implementation == "triton":
+        out, r = _in_triton(options, query, key, value, is_causal=mask is not None)
+        return out, r + lost
     parts: tuple[Codes, ...] = ()
     factor = None
     if options.scores is None:
@@ -154,6 +161,29 @@ def _attend(options: _Options, query, key, value, mask):
     return out, r + lost
 
 
+def _in_triton(options, query, key, value, is_causal):
+    fused.check_native("triton", "the kernels of quantised attention")
+    if options.scores is None or options.values == "float16 sums" or options.tiles is not None:
+        raise NotImplementedError("implementation='triton': the kernels of quantised attention take scores 'block' and 'token', sums of values in float32 and tiles of "
+                                  f"their own, got scores={options.scores!r}, values={options.values!r} and tile_sizes={options.tiles}; use 'pallas' or None")
+    shares = options.block_sizes if options.scores == "block" else (1, 1)
+    coded = []
+    for x, share in zip((query, key), shares):
+        codes, scale = quant_int8(x, options.scores, share)
+        coded.append(triton_launch.Codes(codes, scale[:, ::share], share))
+    if options.values == "int8":
+        codes, scale = quant_int8(value, "channel")
+        value = triton_launch.Codes(codes, scale, value.shape[1] + -value.shape[1] % triton_launch.COLUMNS)
+    elif options.values == "float8":
+        share = options.block_sizes[1]
+        codes, scale = formats.encode(value, formats.block_maximum(abs(value), 1, share), "float8_e4m3fn")
+        value = triton_launch.Codes(codes, scale[:, ::share], share)
+    elif options.values == "float16":
+        value = value.astype(jnp.float16)
+    out, r = triton_launch.attend(*coded, value, scale=options.scale, dtype=query.dtype, is_causal=is_causal, return_residual=True)
+    return out, jnp.swapaxes(r, 1, 2)
+
+
 def _widened(codes, dtype):
     """Codes in float64 where sums are."""
     return codes if dtype == jnp.float32 else codes.astype(dtype)
@@ -166,11 +196,12 @@ def _forward(options, *arrays):
 def _backward(options, arrays, cotangents):
     *arrays, mask = arrays
     products = int8(options.scores, block_sizes=options.block_sizes)
+    implementation = None if options.implementation == "triton" else options.implementation
 
     def again(query, key, value):
         smoothed, lost = _smooth(options, query, key)
         out, r = attention(query, smoothed.astype(key.dtype), value, mask=mask, scale=options.scale, products=products, return_residual=True,
-                           implementation=options.implementation, block_sizes=options.tiles)
+                           implementation=implementation, block_sizes=options.tiles)
         return out, r + lost
 
     real, others, join = partition(mask)

@@ -40,12 +40,16 @@ def attend(query: Codes, key: Codes, value, *, scale: float, dtype, is_causal: b
       lengths: int [B], keys that count; all by default. A query that sees none gets zeros, and -inf.
     """
     check(query, key, value)
+    (b, t, n, _), value_size = query.codes.shape, (value.codes if isinstance(value, Codes) else value).shape[3]
+    if 0 in (b, t, n, value_size):
+        out = jnp.zeros((b, t, n, value_size), dtype)
+        return (out, jnp.full((b, n, t), -jnp.inf, jnp.float32)) if return_residual else out
     coded = isinstance(value, Codes)
     shares = query.share, key.share, (0 if value.scales.shape[1] == 1 else value.share) if coded else COLUMNS
-    scales = query.scales[..., 0] * (scale * math.log2(math.e))
-    values, value_scales = (_along_tokens(value.codes), value.scales) if coded else (value, None)
-    arrays = query.codes, scales, key.codes, key.scales[..., 0], values, value_scales, None if lengths is None else lengths.astype(jnp.int32)
-    out, residual = native.by_batch(partial(_call, shares, value.codes.shape[3] if coded else value.shape[3], is_causal, jnp.dtype(dtype), return_residual))(*arrays)
+    row, column = (x.scales[..., 0].astype(jnp.float32) for x in (query, key))
+    values, value_scales = (_along_tokens(value.codes), value.scales.astype(jnp.float32)) if coded else (value, None)
+    arrays = query.codes, row * (scale * math.log2(math.e)), key.codes, column, values, value_scales, None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    out, residual = native.by_batch(partial(_call, shares, value_size, is_causal, jnp.dtype(dtype), return_residual))(*arrays)
     return (out, residual) if return_residual else out
 
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from attnx import masks
 from attnx.core import fused
 from attnx.core.linear import linear_attention
+from attnx.products import sage_attention
 
 HERE = pathlib.Path(__file__).parent
 NEEDED = "triton", "jax_triton", "jax_cuda12_plugin"
@@ -45,9 +47,11 @@ def test_the_recurrent_engine_agrees_with_the_definition():
 
 def test_quantised_attention_agrees_with_the_definition():
     found = interpreted("interpret_quantised.py")
-    assert len(found) == 5
-    for name, case in found.items():
+    assert len(found["kernel"]) == 5
+    for name, case in found["kernel"].items():
         assert case["error"] < (1e-4 if "float16" in name else 1e-6) and case["residual"] < 2e-6 and case["nothing"], name
+    for values, (out, residual) in found["sage"].items():  # there e4m3 weights have a scale for each row, not one of all
+        assert out < {"float16": 5e-4, "int8": 2e-5, "float8": 2**-4}[values] and residual < 2e-5, values
 
 
 def shapes(decay=None, length=16384, heads=4, key_heads=4, size=128, dtype=jnp.bfloat16):
@@ -140,3 +144,25 @@ def test_quantised_attention_compiles_for_an_h200(name):
     assert program.spills <= spills and program.shared <= SHARED and program.count(r"mma\.sync") == 0
     scores, values, both = (program.count(rf"wgmma\.mma_async.*{kind}") for kind in (r"s32\.s8\.s8", product, ""))
     assert scores > 0 and values > 0 and both == (scores if product == "s8.s8" else scores + values)
+
+
+def test_sage_attention_compiles_with_its_gradient():
+    x, y = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+
+    def loss(query, key, value, values):
+        return sage_attention(query, key, value, is_causal=True, values=values, implementation="triton").astype(jnp.float32).sum()
+
+    for values in (None, "int8"):
+        assert len(programs(jax.value_and_grad(functools.partial(loss, values=values), (0, 1, 2)), x, y, y)) == 1
+
+
+def test_says_what_it_lacks():
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(NotImplementedError, match="quantised attention in Triton itself are for a GPU, the backend is 'cpu'"):
+        sage_attention(x, x, x, implementation="triton")
+    with fused.forced(interpret=False, platform="gpu"):
+        for options, message in ((dict(mask=masks.sliding_window(2)), "is_causal and no other masks"), (dict(values="float16 sums"), "values='float16 sums'"),
+                                 (dict(scores=None), "scores=None"), (dict(block_sizes=(64, 64), values="float16"), "a multiple of 128 tokens of the query, got 64"),
+                                 (dict(), "values in float16 and bfloat16, .* got float32")):
+            with pytest.raises(NotImplementedError, match=message):
+                sage_attention(x, x, x, implementation="triton", **options)
