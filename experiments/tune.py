@@ -251,33 +251,28 @@ def show(sizes: dict[str, Any]) -> str:
     return f"{sizes['chunks']} chunks of {sizes['chunk']}" if "chunk" in sizes else f"up to {sizes['most']} keys"
 
 
+_MARKS = "* the best, + the default"
+
+
 def _columns(group):
     plan = tune_tpu.KERNELS[group["kernel"]]
     lengths = [f"T={length}" for length in plan.lengths.values()] if len(plan.lengths) > 1 else ["all"]
-    return ["sizes", *plan.passes, *lengths, "/ default", "feed", "spills", ""]
+    return ["sizes", *plan.passes, *lengths, "ratio", "feed", "spills"]
 
 
 def _cells(group):
     """A row of cells for each candidate; passes and the ratio to the default at the longest calls."""
     plan = tune_tpu.KERNELS[group["kernel"]]
     last = max(plan.lengths)
+    base = next((row for row in group["rows"] if "costs" in row and _is_default(group, last, row["sizes"])), None)
     for row in group["rows"]:
-        name = show(row["sizes"])
-        marks = [f"{word}{_from(plan, least)}" for word, chosen in (("default", lambda least: _is_default(group, least, row["sizes"])),
-                                                                  ("best", lambda least: group["winners"].get(least) is row))
-                 for least in plan.lengths if chosen(least)]
         if "problem" in row:
-            yield [name, row["problem"]] + [""] * (len(_columns(group)) - 3) + [", ".join(marks)]
+            yield [show(row["sizes"]), row["problem"]] + [""] * (len(_columns(group)) - 2)
             continue
-        base = next((other for other in group["rows"] if "costs" in other and _is_default(group, last, other["sizes"])), None)
-        totals = [sum(row["costs"][least].values()) for least in plan.lengths]
-        text = f"{totals[-1] / sum(base['costs'][last].values()):.2f}" if base else ""
-        yield [name, *(f"{n:.2f}" for n in row["costs"][last].values()), *(f"{n:.2f}" for n in totals), text, f"{row['feed']:.0%}", f"{row['spills']:,}",
-               ", ".join(marks)]
-
-
-def _from(plan, least):
-    return "" if len(plan.lengths) == 1 else f" from T={least}" if least else " below"
+        totals = {least: sum(row["costs"][least].values()) for least in plan.lengths}
+        marked = [f"{total:.2f}" + "*" * (group["winners"].get(least) is row) + "+" * _is_default(group, least, row["sizes"]) for least, total in totals.items()]
+        ratio = f"{totals[last] / sum(base['costs'][last].values()):.2f}" if base else ""
+        yield [show(row["sizes"]), *(f"{n:.2f}" for n in row["costs"][last].values()), *marked, ratio, f"{row['feed']:.0%}", f"{row['spills']:,}"]
 
 
 def _heading(group):
@@ -285,18 +280,22 @@ def _heading(group):
 
 
 def _table(group):
-    table = Table(title=f"{_heading(group)}: bundles per {tune_tpu.KERNELS[group['kernel']].unit}", box=box.SIMPLE, padding=0)
+    problems = [f"{show(row['sizes'])}: {row['problem']}" for row in group["rows"] if "problem" in row]
+    table = Table(title=f"{_heading(group)}: bundles per {tune_tpu.KERNELS[group['kernel']].unit}", caption="\n".join([*problems, _MARKS]), box=box.SIMPLE, padding=0)
     for n, name in enumerate(_columns(group)):
-        table.add_column(name, justify="left" if n == 0 or not name else "right")
+        table.add_column(name, justify="right" if n else "left", no_wrap=n == 0)
     for row, cells in zip(group["rows"], _cells(group)):
-        table.add_row(*cells, style="dim" if "problem" in row else "bold" if "best" in cells[-1] else None)
+        if "problem" not in row:
+            table.add_row(*cells, style="bold" if row in group["winners"].values() else None)
     return table
 
 
 def _write(groups, options):
-    lines = [f"`attnx tune --by schedule`, libtpu {metadata.version('libtpu')}, jax {metadata.version('jax')}. Bundles per unit, waiting for memory "
-             "included; the passes at the longest calls, then their sum by length. Feed: bundles of the inner code that feed the matrix unit; spills: registers "
-             "written to memory and read back, of the code that has most.", ""]
+    asked = [(name, getattr(options, name)) for name in ("kernels", "chips", "head_sizes", "dtypes")]
+    words = [f"--{name.replace('_', '-')} {' '.join(map(str, values))}" for name, values in asked if values != getattr(Options, name)]
+    lines = [f"`{' '.join(['attnx tune --by schedule', *words])}`, libtpu {metadata.version('libtpu')}, jax {metadata.version('jax')}. Bundles per unit, waiting for memory "
+             f"included; the passes at the longest calls, then their sum by length: {_MARKS}. Ratio: to the default. Feed: bundles of the inner code that feed the "
+             "matrix unit; spills: registers written to memory and read back, of the code that has most.", ""]
     for group in groups:
         lines += [f"**{_heading(group)}**, per {tune_tpu.KERNELS[group['kernel']].unit}", "", *markdown.table(_columns(group), list(_cells(group))), ""]
     markdown.replace(options.write, "attnx tune", lines)
