@@ -338,8 +338,9 @@ def _regions(bundles: str) -> Iterator[tuple[int, int]]:
 _UNITS = {"MXU": "MATMUL", "VALU": "VALU", "EUP": "EUP", "XLU": "XLU", "load": "VLOAD", "store": "VSTORE"}
 _COLUMNS = ("", "bundles", "ratio", "feed", *_UNITS, "spills")
 _CAPTION = ("ratio: to our causal softmax; feed: bundles that feed the matrix unit; MXU to store: filled slots of each unit; "
-            "spills: registers written to memory and read back. The linear kernels take two chunks at a time. Decoding: 2,048 keys (tokens times key-value heads) and "
-            "32 query heads; the code of jax's paged_attention also starts the copies of its pages of 64 tokens, ours lie outside.")
+            "spills: registers written to memory and read back. The linear kernels take two chunks at a time. Windows: 49 tokens, four heads of 32, biases and regions, "
+            "four windows and all their heads at a time; as flash, a tile of 128 x 128 for each window and head. Decoding: 2,048 keys (tokens times key-value heads) "
+            "and 32 query heads; the code of jax's paged_attention also starts the copies of its pages of 64 tokens, ours lie outside.")
 
 
 def _versions():

@@ -23,8 +23,7 @@ def few_windows(monkeypatch):
     monkeypatch.setitem(TABLE, "window, tpu", tuple((fits, sizes._replace(windows=2, abreast=1)) for fits, sizes in TABLE["window, tpu"]))
 
 
-@pytest.mark.parametrize("length, size", SIZES)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("length, size, bias", SIZES["tpu"])
 def test_agrees_with_the_definition(length, size, bias, x64):
     arguments = case(length, size, bias=bias)
     with fused.forced():

@@ -9,7 +9,8 @@ import numpy as np
 import attnx
 from attnx.core.windows import window_attention
 
-SIZES = [(49, 16), (64, 32), (81, 64)]
+SIZES = {"tpu": [(49, 16, True), (64, 32, False), (81, 64, True), (49, 32, False)], "gpu": [(49, 32, True), (64, 64, False), (81, 16, True)]}
+"""Tokens, head size, and whether there is a bias; the claim of the row goes through all of them."""
 PARTS = {
     "shifted": lambda n, s: {"regions": REGIONS[:, :s]},
     "mask": lambda n, s: {"mask": np.random.default_rng(2).random((2, s, s)) < 0.4},
