@@ -23,7 +23,7 @@ _sources = functools.cache(training.read)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plain:
+class Plain:
     """A function of queries, keys and values as a mechanism of whole texts."""
 
     attend: Callable
@@ -61,7 +61,7 @@ def nats(attend: Callable[..., Any] | None, seed: int, length: int, kind: str = 
     """
     model = nnx.merge(*nnx.split(_load("smollm2-135m").model))
     if attend is not None:
-        nn.set_mechanism(model, _Plain(attend))
+        nn.set_mechanism(model, Plain(attend))
     graph, state = nnx.split(model)
 
     @jax.jit

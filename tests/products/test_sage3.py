@@ -151,6 +151,19 @@ def test_executions_agree():
     assert 0.95 < cosine(run(fmt="mxfp4", implementation="reference")[0], expected[0]) < 0.995
 
 
+def test_around_a_ring():
+    """Over two devices, each with whole blocks of queries: without rounding exact, with it as good as on one device."""
+    q, k, v = normal(8, *[(1, 512, 2, 32)] * 3)
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    exact, single = (products.sage3_attention(q, k, v, is_causal=True, fmt=fmt) for fmt in (None, "nvfp4"))
+    with jax.set_mesh(mesh):
+        same, ring = (jax.jit(lambda *args, fmt=fmt: products.sage3_attention(*args, is_causal=True, fmt=fmt, implementation="ring"))(q, k, v) for fmt in (None, "nvfp4"))
+        with pytest.raises(ValueError, match="expected multiples of the blocks"):
+            products.sage3_attention(q[:, :100], k[:, :100], v[:, :100], implementation="ring")
+    np.testing.assert_allclose(same, exact, atol=1e-5)
+    assert 0.9 < float(jnp.abs(ring - exact).mean() / jnp.abs(single - exact).mean()) < 1.1
+
+
 def test_hidden_and_later_keys_matter_by_rounding_alone():
     """What is hidden changes the output by about what rounding does."""
     q, k, v = normal(5, *[(1, N, 1, H)] * 3)
