@@ -29,8 +29,9 @@ FLOPS = {"forward": 4, "backward": 10}  # per pair, head and unit of head size: 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Times the fused kernels in bfloat16 on an NVIDIA GPU: the causal and the full softmax beside other libraries; masks, scores, weights and chosen blocks beside
-    our own causal softmax at equal work; many small windows beside XLA; the recurrent engine and decoding beside other libraries and the time that reading and
-    writing the arrays once takes. Every contestant is first held against the definition in float32. Libraries that are not installed are left out.
+    our own causal softmax at equal work; many small windows beside XLA; eight-bit codes beside 16 bits; the recurrent engine and decoding beside other libraries and
+    the time that reading and writing the arrays once takes. Every contestant is first held against the definition in float32. Libraries that are not installed are
+    left out.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -51,6 +52,8 @@ class Options:
     """Blocks that each block of queries chooses."""
     windows: tuple[int, ...] = (1024, 4096, 16384)
     """Numbers of windows of 7 x 7 tokens."""
+    eight_bit_lengths: tuple[int, ...] = (4096, 16384)
+    """Sequence lengths of attention on eight-bit codes, at the largest head size."""
     linear_lengths: tuple[int, ...] = (16384, 131072, 1048576)
     """Sequence lengths of the recurrent engine."""
     decode_batches: tuple[int, ...] = (1, 8, 64)

@@ -12,12 +12,15 @@ import numpy as np
 
 import attnx
 from attnx import masks, scores, weights
+from attnx.core import fused
 from attnx.core.decode import decode
 from attnx.core.linear import linear_attention
 from attnx.core.selected import selected_attention
 from attnx.core.windows import window_attention
+from attnx.products import sage_attention
+from pallas_kernels import native
 
-OURS = "attnx pallas"
+OURS, TRITON = "attnx pallas", "attnx triton"
 
 
 class Shape(NamedTuple):
@@ -64,7 +67,8 @@ class Contest(NamedTuple):
 
 def contests(options):
     """All of them."""
-    return [*_libraries(options), _parts(options), *_selected(options), *_windows(options), *_linear(options), *_decoding(options)]
+    return [*_libraries(options), _parts(options), *_selected(options), *_windows(options), *_eight_bits(options), *_linear(options),
+            *_decoding(options)]
 
 
 def _libraries(options):
@@ -187,6 +191,28 @@ def _of_windows(_):
     return {name: Entry(of_jax(call), expected) for name, call in calls.items()}
 
 
+def _eight_bits(options):
+    """SageAttention beside attention of 16 bits, causal, forward."""
+    size = max(options.sizes)
+    heads = options.width // size
+    for length in options.eight_bit_lengths:
+        shape = Shape(max(1, options.tokens // length), length, heads, heads, size)
+        yield _of_pairs(f"eight bits, T={length}, D={size}", shape, _sages, lambda _, share=_causal_share(length): share, "cuDNN")._replace(
+            arrays=lambda shape: _queries_keys_values(shape)[:3])
+
+
+def _sages(_):
+    """Each held against what it rounds, in a fold by XLA."""
+    attend = lambda implementation: partial(attnx.attention, mask=masks.causal(), implementation=implementation)
+    sage = lambda values, implementation: partial(sage_attention, is_causal=True, values=values, implementation=implementation)
+    calls = {"cuDNN": (partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"), attend("reference")),
+             f"{OURS}, 16 bits": (attend("pallas"), attend("reference"))}
+    for implementation, name in (("pallas", OURS), ("triton", TRITON)) if _has_triton() else (("pallas", OURS),):
+        for values in (None, "int8", "float8"):
+            calls[f"{name}, values {values or 'bfloat16'}"] = sage(values, implementation), sage(values, "blockwise")
+    return {name: Entry(of_jax(call, backward=False), by_definition(expected, backward=False)) for name, (call, expected) in calls.items()}
+
+
 def _entry(attend):
     return Entry(of_jax(partial(attend, implementation="pallas")), by_definition(partial(attend, implementation="reference")))
 
@@ -221,7 +247,8 @@ def _recurrences(channels, length):
         return linear_attention(query, key, value, log_decay=log_decay, implementation=implementation)
 
     expected = by_definition(partial(attend, "recurrent"))
-    entries = {name: Entry(of_jax(partial(attend, implementation)), expected) for name, implementation in ((OURS, "pallas"), ("XLA", "chunked"))}
+    calls = {OURS: "pallas", "XLA": "chunked"} | ({TRITON: "triton"} if _has_triton() else {})
+    entries = {name: Entry(of_jax(partial(attend, implementation)), expected) for name, implementation in calls.items()}
     if importlib.util.find_spec("fla") and _has_torch():
         entries["flash-linear-attention"] = Entry(_of_torch(partial(_fla, channels), by_token=True), expected)
     return entries
@@ -315,6 +342,11 @@ def by_definition(attend, backward=True):
             return [x for work in works.values() for x in work.arrays(work.run())]
 
     return expected
+
+
+def _has_triton():
+    """Whether kernels in Triton itself can be run."""
+    return native.installed() and fused.target() == (False, "gpu")
 
 
 def _has_torch():

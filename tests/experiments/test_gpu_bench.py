@@ -17,8 +17,8 @@ def test_refuses_without_a_gpu():
 
 
 def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
-    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, selected_lengths=(), windows=(2,), linear_lengths=(),
-                      decode_batches=(1,), decode_lengths=(64,), copied=1, rounds=1, seconds=0.0, out=tmp_path)
+    options = Options(lengths=(64,), sizes=(16,), tokens=64, width=32, group=1, parts_length=64, selected_lengths=(), windows=(2,), eight_bit_lengths=(),
+                      linear_lengths=(), decode_batches=(1,), decode_lengths=(64,), copied=1, rounds=1, seconds=0.0, out=tmp_path)
     with fused.forced(platform="gpu"):
         rows = bench(options, Console(file=io.StringIO()))["results"]
     assert (tmp_path / "gpu_bench.json").exists()
@@ -34,12 +34,12 @@ def test_checks_and_times_every_contestant_that_can_serve(tmp_path):
 
 def test_other_engines_agree_with_their_definitions():
     """The first contest of each, forward."""
-    options = Options(sizes=(16,), width=16, selected_lengths=(64,), chosen=1, linear_lengths=(16,), tokens=16)
+    options = Options(sizes=(16,), width=16, selected_lengths=(64,), chosen=1, eight_bit_lengths=(64,), linear_lengths=(16,), tokens=16)
     found = {contest.name.split()[0]: contest for contest in reversed(contests(options))}
-    for name in ("1", "recurrent,"):
+    for name in ("1", "eight", "recurrent,"):
         contest = found[name]
         arrays = contest.arrays(contest.small)
-        entry = contest.entries(contest.small.length)["any blocks" if name == "1" else OURS]
+        entry = contest.entries(contest.small.length)[{"1": "any blocks", "eight": f"{OURS}, values int8"}.get(name, OURS)]
         with fused.forced(platform="gpu"):
             got = entry.passes(*arrays)
             assert difference({"forward": got["forward"]}, entry.expected(*arrays)[:1]) < TOLERANCE
