@@ -293,9 +293,10 @@ def _table(group):
 def _write(groups, options):
     asked = [(name, getattr(options, name)) for name in ("kernels", "chips", "head_sizes", "dtypes")]
     words = [f"--{name.replace('_', '-')} {' '.join(map(str, values))}" for name, values in asked if values != getattr(Options, name)]
-    lines = [f"`{' '.join(['attnx tune --by schedule', *words])}`, libtpu {metadata.version('libtpu')}, jax {metadata.version('jax')}. Bundles per unit, waiting for memory "
-             f"included; the passes at the longest calls, then their sum by length: {_MARKS}. Ratio: to the default. Feed: bundles of the inner code that feed the "
-             "matrix unit; spills: registers written to memory and read back, of the code that has most.", ""]
+    command, versions = " ".join(["attnx tune --by schedule", *words]), ", ".join(f"{name} {metadata.version(name)}" for name in ("libtpu", "jax"))
+    lines = [f"`{command}`, {versions}. Bundles per unit, waiting for memory included; the passes at the longest calls, then their sum by length: {_MARKS}. "
+             "Ratio: to the default. Feed: bundles of the inner code that feed the matrix unit; spills: registers written to memory and read back, of the code that "
+             "has most.", ""]
     for group in groups:
         lines += [f"**{_heading(group)}**, per {tune_tpu.KERNELS[group['kernel']].unit}", "", *markdown.table(_columns(group), list(_cells(group))), ""]
     markdown.replace(options.write, "attnx tune", lines)
