@@ -15,6 +15,7 @@ from pallas_kernels.flash.entries import Choice, names_any, read_scores, read_ta
 from pallas_kernels.flash.operands import LANES, Form, Window, block, column, form, line, matrix, spread, wide, window
 from pallas_kernels.flash.schedule import EMPTY, FULL, PARTIAL, Schedule, unpack
 from pallas_kernels.parts import At, Blocks, Spec
+from pallas_kernels.tile import across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +71,12 @@ class Here(NamedTuple):
 
 
 def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callable, outputs, scratch, name: str, *,
-            by_key: bool = False, zeroed: bool = False):
+            by_key: bool = False, zeroed: bool = False, repeated: bool = False):
     """Runs ``step(here, tile, output refs, scratch refs)`` over a grid whose axes are ``order``: letters of 'bkgs', s the steps of a schedule.
 
     ``tile()`` reads what a tile function wants: (q, k, v, rows, at, blocks, seed). ``by_key``: the schedule has key blocks outside, and tiles are
-    transposed. ``zeroed``: blocks that no step visits are to hold zeros.
+    transposed. ``zeroed``: blocks that no step visits are to hold zeros. ``repeated``: operands that are columns come as wide as the tile, which spares spreading
+    them over lanes tile by tile; not where their gradients are wanted.
     """
     b, k, g, t, _ = data.query.shape
     nq, nk = t // plan.bq, data.key.shape[2] // plan.bk
@@ -107,6 +109,7 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
     inside = order[order.index("s") + 1:]  # what changes while an outer block stays; the rest is turned once for each of those
     turned = [n for n, w in enumerate(read) if w.turned and not set(inside) & set(w.place)]
     columns = [pltpu.VMEM((read[n].shape[-1], LANES), wide(read[n].array.dtype)) for n in turned]
+    width = plan.bk if repeated else 1
     parts = (5, len(read), len(written) if zeroed else 0, len(written), len(kept), len(columns))
 
     def kernel(*refs):
@@ -127,17 +130,17 @@ def launch(plan: Plan, timetable: Schedule, data, rows, order: str, step: Callab
                 for ref, n in zip(columns, turned):
                     put(ref, column(ins[n][...]))
 
-        def load(n):
+        def load(n, width=1):
             if not read[n].turned:
                 return ins[n][...]
-            x = columns[turned.index(n)][:, :1] if n in turned else column(ins[n][...])
-            return x.astype(read[n].array.dtype)
+            x = columns[turned.index(n)][:, :min(width, LANES)] if n in turned else column(ins[n][...])
+            return across(x, width).astype(read[n].array.dtype)
 
         def operand(n, f):
             if f.kind == "entry":
                 read = partial(read_table, plan.choice) if ins[n] is table else partial(read_scores, plan.choice, table)
                 return read(ins[n], here.j, plan.bq, plan.bk, by_key)
-            return block(spread(ins[n], here.offset, plan.bq, plan.bk) if f.kind == "offset" else load(n), f, by_key)
+            return block(spread(ins[n], here.offset, plan.bq, plan.bk) if f.kind == "offset" else load(n, width), f, by_key)
 
         def tile():
             q, k, v, rows, where = jax.tree.map(load, slots._replace(operands=None))[:5]

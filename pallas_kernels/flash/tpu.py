@@ -62,7 +62,8 @@ def fold_rows(plan: Plan, table: Cover | Listed, data, init: Callable, body: Cal
             jax.tree.map(_write, outputs, finish(load()))
 
     outputs = jax.tree.map(result, jax.eval_shape(finish, carries))
-    outputs = launch(plan, schedule(table, varies=(True,) * 3), data, rows, "bkgs", step, outputs, jax.tree.map(_scratch, carries), "fold_rows")
+    outputs = launch(plan, schedule(table, varies=(True,) * 3), data, rows, "bkgs", step, outputs, jax.tree.map(_scratch, carries), "fold_rows",
+                     repeated=True)
     return jax.tree.map(_as_column, outputs)
 
 
