@@ -241,7 +241,7 @@ CASES = {
     "linear decay by head": Case(partial(_linear, (1, LENGTH)), _CHUNKS),
     "linear decay by channel": Case(partial(_linear, (LENGTH, SIZE)), _CHUNKS),
 }
-RECORDED = SOFTMAX, "linear decay by head", "window"
+RECORDED = SOFTMAX, "linear decay by head", "window", "sage"
 
 
 def _zeros(*shape):

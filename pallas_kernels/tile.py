@@ -290,7 +290,7 @@ def backward_tile(parts: Parts, terms, q, k, v, do, rows, coefficients, at: At, 
     if replaced:
         dq, dk, of_pair = pull_pair(ds)
         return dq.astype(dtype), dk.astype(dtype), dv, drows, [a + b for a, b in zip(of_scores, of_pair)] + others
-    early = ds.size < q.size + k.size  # the scale enters where there are fewer numbers
+    early = parts.products.exact and ds.size < q.size + k.size  # the scale enters where there are fewer numbers, but what is rounded is one thing in all tiles
     ds = ds * parts.scale if early and parts.scale != 1.0 else ds
     dq, dk = dot("dq", ds, k, to_rows), dot("dk", ds, q, to_keys)
     if parts.scale != 1.0 and not early:

@@ -9,7 +9,7 @@ import numpy as np
 import attnx
 from pallas_kernels.parts import Exponential
 
-STATIC = ("implementation", "block_sizes", "scale", "dropout_rate")
+STATIC = ("implementation", "block_sizes", "scale", "dropout_rate", "products")
 
 
 def arrays(dtype=jnp.float64, *, batch=2, queries=13, keys=11, heads=4, kv_heads=2, size=5, value_size=3, seed=0):
