@@ -71,7 +71,7 @@ def test_one_token_of_a_recurrence_takes_the_step():
 
 
 def test_more_tiles_than_a_schedule_holds():
-    x = array(1, 2**18, 1, 8)
+    x = array(1, 2**19, 1, 8)
     with fused.forced():
         assert not kernels(pairs, x, x, x)
         with pytest.raises(NotImplementedError, match="tiles exceed"):
