@@ -36,7 +36,7 @@ codes = round(x / scale),    scale = max |x| / 127: one scale for 128 queries an
         Example(smoothed, {"query": "btnh", "key": "bskh", "value": "bskv", "seen": SEEN}, "btnv", patterns=PATTERNS,
                 executions=("reference", "blockwise"), mask="seen", name="smoothed keys"),
         Example(codes, {"query": INTEGERS, "key": INTEGERS._replace(axes="btkh"), "value": "btkv", "seen": SEEN._replace(axes="bt")}, "btnv", patterns=("causal self",),
-                executions=("reference", "blockwise", "pallas", "ring"), mask="seen", name="int8 by token"),
+                executions=("reference", "blockwise", "pallas"), mask="seen", name="int8 by token"),
     ),
     notes="Means and scales are those of a whole sequence or block, so a causal mask keeps the future out of the weights but not out of their rounding; scales a token "
           "and keys as they are ('token', smooth_k=False) keep it out altogether. Weights in int8 are rounded relative to the largest score of the tiles so far.",
