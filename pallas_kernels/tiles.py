@@ -96,7 +96,7 @@ class Fits(NamedTuple):
 # matrix product.
 #
 # TPU: by the compiler's schedules (``python -m experiments tpu_schedule``). Tiles small enough for the 64 vector registers, which do not spill, leave the
-# matrix unit waiting and take two to four times as many instructions a pair; spills cost nothing while it is what kernels wait for. Every step adds 200 to 300
+# matrix unit waiting and take two to four times as many instructions a pair; spills cost nothing while it is what kernels wait for. Every step adds 200 to 400
 # instructions, which larger tiles share among more pairs; on the other hand more of their pairs are not allowed where a mask has its edges.
 TABLE: dict[str, tuple[tuple[tuple, Any], ...]] = {
     "flash, gpu": (
