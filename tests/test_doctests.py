@@ -19,6 +19,8 @@ def modules():
 
 @pytest.mark.parametrize("name", list(modules()))
 def test_doctests(name):
-    """All examples of one module."""
+    """All examples of one module; kernels in Triton itself import it."""
+    if name.endswith(".triton_kernel"):
+        pytest.importorskip("triton")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
