@@ -91,7 +91,7 @@ def test_gpu(monkeypatch):
         assert kernels(pairs, QUERY, KEY, KEY)
 
     class Device:
-        device_kind = "NVIDIA H200"
+        device_kind, platform = "NVIDIA H200", "gpu"
 
     asked = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
