@@ -1,4 +1,4 @@
-"""Compiles attention and its gradient for a v5e on a machine without one; prints a JSON line. Run by test_flash_tpu.py, and by hand."""
+"""Compiles attention and its gradient for TPUs on a machine without one; prints a JSON line. Run by test_flash_tpu.py, and by hand."""
 
 import json
 from functools import partial
@@ -17,12 +17,12 @@ def gap(s, at, row, column):
     return s + row - column
 
 
-def compile_for_tpu(length, size=128, dtype=jnp.bfloat16, block_sizes=(256, 256), **parts):
+def compile_for_tpu(length, size=128, dtype=jnp.bfloat16, block_sizes=(256, 256), chip="v5e", **parts):
     """The compiled gradient of attention with these parts: 2 query heads on 1 key-value head."""
     q, k = jnp.zeros((1, length, 2, size), dtype), jnp.zeros((1, length, 1, size), dtype)
     _, program, data = prepare(q, k, k[..., :64], **parts)
     with fused.forced(interpret=False):
-        return compile_call(fused.choose_fused(program, data, block_sizes), data)
+        return compile_call(fused.choose_fused(program, data, block_sizes), data, chip)
 
 
 def main():
@@ -34,11 +34,12 @@ def main():
         "softmax, documents, column and offset operands": dict(mask=masks.documents(ids) & masks.causal(), scores=(columns, table)),
         "softpick, documents, column and offset operands, dropout": dict(
             weights=weights.softpick(), mask=masks.documents(ids), scores=(columns, table, scores.alibi(2)), dropout_rate=0.1, dropout_key=jax.random.key(0)),
-        "sigmoid, bias, boolean mask": dict(weights=weights.sigmoid(), mask=masks.explicit(jnp.ones((t, t), bool)), scores=scores.bias(jnp.zeros((2, t, t)))),
-        "entmax, soft cap": dict(weights=weights.entmax15(), scores=scores.soft_cap(jnp.float32(30))),
+        "sigmoid, bias, boolean mask": dict(
+            chip="v5p", weights=weights.sigmoid(), mask=masks.explicit(jnp.ones((t, t), bool)), scores=scores.bias(jnp.zeros((2, t, t)))),
+        "entmax, soft cap": dict(chip="v6e", weights=weights.entmax15(), scores=scores.soft_cap(jnp.float32(30))),
         "re-weighted softplus": dict(weights=weights.lssa(power=15), mask=masks.causal()),
-        "tiles of the table, for long sequences": dict(length=8192, size=256, block_sizes=None, mask=masks.causal()),
-        "tiles of the table, for long sequences, float32": dict(length=8192, dtype=jnp.float32, block_sizes=None),
+        "tiles of the table, for long sequences": dict(chip="v6e", length=8192, size=256, block_sizes=None, mask=masks.causal()),
+        "tiles of the table, for long sequences, float32": dict(chip="v5p", length=8192, dtype=jnp.float32, block_sizes=None),
         "odd lengths, given positions": dict(length=500, mask=masks.causal(), query_positions=jnp.arange(500), key_positions=jnp.arange(500)),
     }
     found = errors({name: partial(compile_for_tpu, **{"length": t, **parts}) for name, parts in cases.items()})

@@ -146,7 +146,7 @@ def test_says_what_it_lacks():
 
 
 @needs_compiler
-def test_compiles_for_v5e():
+def test_compiles_for_tpus():
     assert {name: error for name, error in report("compile_selected_for_tpu.py")["errors"].items() if error} == {}
 
 

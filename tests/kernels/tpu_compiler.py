@@ -48,9 +48,9 @@ def compile_gradient(chip: str, function, *arguments):
     return compile_for(chip, both, arguments, jax.eval_shape(function, *arguments))
 
 
-def compile_call(executor, data):
-    """A call of the pairs engine and its gradient on a v5e, in the layout of the kernels."""
-    return compile_gradient("v5e", functools.partial(operations.output, executor), data)
+def compile_call(executor, data, chip="v5e"):
+    """A call of the pairs engine and its gradient on a chip, in the layout of the kernels."""
+    return compile_gradient(chip, functools.partial(operations.output, executor), data)
 
 
 def errors(cases: dict) -> dict:
