@@ -22,6 +22,7 @@ import pytest  # noqa: E402
 CACHE = os.environ.get("ATTNX_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "attnx-test-cache"))
 """Folder of the compilation cache; with an empty name there is none."""
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # where operations come from costs a twentieth of compiling them
 if CACHE:
     jax.config.update("jax_compilation_cache_dir", CACHE)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
