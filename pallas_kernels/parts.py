@@ -106,7 +106,32 @@ def part(cls):
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     cls.__eq__ = lambda self, other: type(self) is type(other) and _identity(self) == _identity(other)
     cls.__hash__ = lambda self: hash(_identity(self))
-    return jax.tree_util.register_dataclass(cls)
+    _register(cls)
+    return cls
+
+
+def _register(cls):
+    """A dataclass becomes a pytree whose structure knows its class.
+
+    The structures that jax.tree_util.register_dataclass gives compare equal where the static fields do, whatever the classes, though their hashes differ:
+    one lookup in a hundred or so of jit's cache would find the program of another part.
+    """
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    leaves = [f.name for f in fields if not f.metadata.get("static", False)]
+    statics = [f.name for f in fields if f.metadata.get("static", False)]
+    keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
+
+    def flatten(self):
+        return [getattr(self, name) for name in leaves], tuple(getattr(self, name) for name in statics)
+
+    def flatten_with_keys(self):
+        children, structure = flatten(self)
+        return list(zip(keys, children)), structure
+
+    def unflatten(structure, children):
+        return cls(**dict(zip(leaves, children)), **dict(zip(statics, structure)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 def _identity(tree):

@@ -70,8 +70,7 @@ class Place(NamedTuple):
     at: At  # [C], [C, group], [C, bq, 1], [C, 1, m bk]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["shape", "axes"])
-@dataclasses.dataclass(frozen=True)
+@part
 class Blocked:
     """An array some of whose axes a place indexes by name ('one': of size 1, whatever the place); the others a tile reads whole.
 
@@ -79,8 +78,8 @@ class Blocked:
     """
 
     array: Any  # in another shape, and seen in this one only where it is read, or else compilers copy the whole of a cache that is updated in place
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    shape: tuple[int, ...] = static()
+    axes: tuple[str | None, ...] = static()
 
     @property
     def grouped(self) -> bool:

@@ -1,5 +1,6 @@
 """jit, vmap, remat, scan, shard_map, higher derivatives and dropout of the pairs engine."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -154,6 +155,17 @@ def test_new_values_need_no_recompilation(implementation):
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert TRACES == [] and compiled == []
+
+
+def test_parts_of_other_classes_have_other_structures():
+    """What jit's cache is keyed by; also inside of other parts."""
+    causal, alike = masks.causal(), [weights.laplace(), weights.relu(), weights.softpick()]
+    pairs = [*itertools.combinations(alike, 2), (causal & causal, causal | causal), (~(causal & causal), ~(causal | causal))]
+    for a, b in pairs:
+        assert a != b and jax.tree.structure(a) != jax.tree.structure(b), (a, b)
+        assert a == type(a)(**vars(a)) and jax.tree.structure(a) == jax.tree.structure(type(a)(**vars(a)))
+    (path, leaf), = jax.tree.leaves_with_path(weights.softmax(sink=1.0))
+    assert leaf == 1 and jax.tree_util.keystr(path) == ".extra"
 
 
 # Dropout ------------------------------------------------------------------------------------------------------------
