@@ -5,7 +5,6 @@ gather, and adds the gradients of keys by one scatter. What is folded comes from
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
