@@ -29,6 +29,7 @@ from experiments.tpu import like as _like
 TILE, SIZE, CHUNK = 512, 128, 128  # queries and keys of a tile, size of a head, tokens of a chunk
 BATCH, ROWS, KV_HEADS, PAGE, COLUMNS = 8, 32, 8, 64, 2048  # of decoding: query heads, key-value heads, tokens of a page, keys of a tile (one for each head and token)
 WINDOWS, TOKENS, WINDOW_HEADS, WINDOW_SIZE = 1024, 49, 4, 32  # windows of 7 x 7 and the heads that fill a register's lanes
+GRID, GRID_TILE = (32, 64), (16, 32)
 LENGTH, HEADS = 2048, 2  # the schedules do not depend on them, and what surrounds the kernels compiles quickly
 
 
@@ -162,6 +163,14 @@ def _windows(fused: bool):
     return _gradient(attend, *[_like(WINDOWS, TOKENS, WINDOW_HEADS, WINDOW_SIZE)] * 3, _like(WINDOW_HEADS, TOKENS, TOKENS, dtype="float32"))
 
 
+def _neighbourhoods(biased: bool):
+    """Of 7 x 7 tokens, in tiles that a kernel takes as one."""
+    from attnx import masks
+
+    attend = partial(masks.neighborhood_attention, query_tile=GRID_TILE, key_tile=GRID_TILE, implementation="pallas", bias=_zeros(HEADS, 13, 13) if biased else None)
+    return _gradient(lambda *qkv: attend(*qkv, 7), *[_like(1, *GRID, HEADS, WINDOW_SIZE)] * 3)
+
+
 def _paged_attention():
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
@@ -231,6 +240,8 @@ CASES = {
     "flash offset table": Case(partial(_flash, lambda attnx: {"scores": attnx.scores.t5_bias(_zeros(32, HEADS))}), _FOLDS),
     "window": Case(partial(_windows, True), _WINDOWS),
     "window as flash": Case(partial(_windows, False), {**_FOLDS, "bias": Kernel("pair_side", _TILES)}),
+    "neighbourhoods": Case(partial(_neighbourhoods, False), _FOLDS),
+    "neighbourhoods, biases": Case(partial(_neighbourhoods, True), _FOLDS),
     "flash int8 scores": Case(partial(_flash, lambda attnx: {"products": attnx.products.int8()}), _FOLDS),
     "sage": Case(_sage, {"forward": _FOLDS["forward"]}),
     "sage, int8 values": Case(partial(_sage, "int8"), {"forward": _FOLDS["forward"]}),
@@ -338,9 +349,10 @@ def _regions(bundles: str) -> Iterator[tuple[int, int]]:
 _UNITS = {"MXU": "MATMUL", "VALU": "VALU", "EUP": "EUP", "XLU": "XLU", "load": "VLOAD", "store": "VSTORE"}
 _COLUMNS = ("", "bundles", "ratio", "feed", *_UNITS, "spills")
 _CAPTION = ("ratio: to our causal softmax; feed: bundles that feed the matrix unit; MXU to store: filled slots of each unit; "
-            "spills: registers written to memory and read back. The linear kernels take two chunks at a time. Windows: 49 tokens, four heads of 32, biases and regions, "
-            "four windows and all their heads at a time; as flash, a tile of 128 x 128 for each window and head. Decoding: 2,048 keys (tokens times key-value heads) "
-            "and 32 query heads; the code of jax's paged_attention also starts the copies of its pages of 64 tokens, ours lie outside.")
+            "spills: registers written to memory and read back. Neighbourhoods: 7 x 7 tokens of a grid, in tiles of 16 x 32, heads of 32. The linear kernels take two "
+            "chunks at a time. Windows: 49 tokens, four heads of 32, biases and regions, four windows and all their heads at a time; as flash, a tile of 128 x 128 for "
+            "each window and head. Decoding: 2,048 keys (tokens times key-value heads) and 32 query heads; the code of jax's paged_attention also starts the copies of "
+            "its pages of 64 tokens, ours lie outside.")
 
 
 def _versions():

@@ -93,27 +93,28 @@ def attention(
                                      dropout_rate=dropout_rate, dropout_key=dropout_key, query_positions=query_positions, key_positions=key_positions)
     if return_residual:
         checks.check_exponential("return_residual", weights)
-    picked = _picked(chosen)
+    named = picked(chosen)
     call = dict(scores=checks.check_parts(scores, mask, weights), mask=mask, weights=weights, dropout_rate=program.parts.dropout_rate,
                 products=products, positions=(query_positions, key_positions))
-    if chosen == "cudnn" or picked is None and not return_residual and cudnn.serves(query, key, value, **call):
+    if chosen == "cudnn" or named is None and not return_residual and cudnn.serves(query, key, value, **call):
         return cudnn.attention(query, key, value, scale=program.parts.scale, return_residual=return_residual, **call)
     return evaluate(program, data, weights, chosen, return_residual=return_residual, block_sizes=block_sizes, hooks=hooks)
 
 
 def evaluate(program: Program, data: Data, weights: Weights, implementation: str | None, *, return_residual: bool = False, block_sizes=None, hooks=None):
     """A checked and bound call by a named execution, or by the best of them that serves it: what :func:`attention` returns."""
-    picked, sink = _picked(implementation), sink_of(program, weights)
+    named, sink = picked(implementation), sink_of(program, weights)
     if implementation == "reference" or no_tiles(program):
         out, r = execute_reference(program, data, sink) if not hooks else with_sink(reference.output(program, data, hooks), sink)
     else:
         run = lambda executor: execute(executor, data, sink)
-        out, r = prefer(picked, lambda: run(choose_fused(program, data, block_sizes)), lambda: run(_executor(implementation, program, data, block_sizes)))
+        out, r = prefer(named, lambda: run(choose_fused(program, data, block_sizes)), lambda: run(_executor(implementation, program, data, block_sizes)))
     out = unbind_output(out, program.sizes.dtype)
     return (out, unbind_output(r, r.dtype)[..., 0]) if return_residual else out
 
 
-def _picked(implementation):
+def picked(implementation: str | None) -> str | None:
+    """What serves a call that names this execution: within a mesh the ring where none is named."""
     return implementation or ("ring" if mesh_in_context() is not None else None)
 
 

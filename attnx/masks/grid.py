@@ -23,8 +23,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnx.core import checks
-from attnx.core.attention import attention
+from attnx.core.attention import attention, picked
+from attnx.core.fused import prefer, target
 from attnx.core.halves import merge
+from attnx.core.ring import mesh_in_context
 from pallas_kernels.parts import Cover, Mask, Operand, Range, Score, Weights, part, static
 
 Shape = tuple[int, ...]
@@ -97,8 +99,9 @@ class Neighborhood(Mask):
         allowed = True
         for (own, place), (others, key), (n, d, w, s, causal) in zip(self.query_order.boxes(at.query, at.query), self.key_order.boxes(at.key, at.key),
                                                                      self._dimensions()):
-            first, last = _reach(place.low, _class_size(n, d, own.low), w, s, causal)
-            allowed &= (key.low >= first) & (key.low <= last) & (place.low < _class_size(n, d, own.low))
+            size = _class_size(n, d, own.low)
+            first, last = _reach(place.low, size, w, s, causal)
+            allowed &= (key.low >= first) & (key.low <= jnp.where(place.low < size, last, -1))  # padding sees nothing
             if d > 1:
                 allowed &= own.low == others.low
         return allowed
@@ -272,11 +275,12 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
       value: [B, *grid, K, Hv].
       window, stride, dilation, is_causal: an integer, or one a dimension; see :func:`neighborhood`.
       extra_key, extra_value: [B, S, K, H] and [B, S, K, Hv], tokens that all queries also see (of a text, say).
-      bias: [N, 2 w - 1, ...], for each difference of places of a class in each dimension; not for implementation 'pallas', for its tiles look entries up one by one.
+      bias: [N, 2 w - 1, ...], for each difference of places of a class in each dimension. In kernels it enters by a product of queries and keys with as many more
+        features as the window has tokens, at most 256, and is rounded as they are.
       weights: a member of :mod:`attnx.weights`; softmax by default. With extra keys, one that merges.
       scale: of the dot products; 1 / sqrt(H) by default.
       query_tile, key_tile: sizes of tiles, at most those of a residue class; by default 256 tokens. Tiles that match window and stride (:func:`neighborhood_plan`) cost
-        no more than the window. In kernels a tile is a block if its tokens are a power of two and at least 128.
+        no more than the window. In kernels for TPUs a tile is a block if its tokens are a power of two and at least 128; those for GPUs have blocks of their own.
       implementation: as of :func:`attnx.attention`.
       return_residual: whether the log of the normaliser is returned too.
 
@@ -285,8 +289,9 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
 
     Raises:
       ValueError: for shapes that do not match or sizes that do not fit.
+      NotImplementedError: a named implementation cannot serve the call.
 
-    Cost: O(B N visited tiles * tile^2 H) time, O(B N T H) memory.
+    Cost: O(B N visited tiles * tile^2 H) time, O(B N T H) memory; in kernels with biases, H and the tokens of a window in place of H.
 
     >>> x = jnp.ones((1, 6, 6, 1, 8))
     >>> neighborhood_attention(x, x, x, 3).shape
@@ -301,26 +306,58 @@ def neighborhood_attention(query: Float[Array, "B *grid N H"], key: Float[Array,
     grid, dilation, query_tile = mask.query_order
     key_tile = mask.key_order.tile
     assert query_tile is not None and key_tile is not None
-    options: dict[str, Any] = dict(scale=scale, implementation=implementation) | ({} if weights is None else {"weights": weights})
-    scores = () if bias is None else (_grid_bias(bias, mask, query.shape[-2], implementation),)
-    sizes = math.prod(query_tile), math.prod(key_tile)
-    fit = implementation in (None, "blockwise") or (implementation == "pallas" and all(size >= 128 and size.bit_count() == 1 for size in sizes))
-    tiles: dict[str, Any] = {"block_sizes": sizes} if fit else {}
+    options: dict[str, Any] = dict(implementation=implementation, scale=scale) | ({} if weights is None else {"weights": weights})
+    residual, sizes = return_residual or extra_key is not None, (math.prod(query_tile), math.prod(key_tile))
     q, k, v = (token_permute(x, tile, dilation) for x, tile in ((query, query_tile), (key, key_tile), (value, key_tile)))
-    found = attention(q, k, v, mask=mask, scores=scores, return_residual=return_residual or extra_key is not None, **options, **tiles)
+    if bias is not None and jnp.shape(bias) != (expected := (query.shape[-2], *(2 * w - 1 for w in mask.window))):
+        raise ValueError(f"bias: expected shape {expected} for {expected[0]} heads and window {mask.window}, got {jnp.shape(bias)}")
+
+    def kernels():
+        more = {"implementation": implementation or "pallas"}
+        if target()[1] == "tpu" and all(size >= 128 and size.bit_count() == 1 for size in sizes):
+            more["block_sizes"] = sizes
+        rows, columns = (q, k) if bias is None else _with_bias(q, k, jnp.asarray(bias), mask, scale)
+        return attention(rows, columns, v, mask=mask, return_residual=residual, **options | more | ({} if bias is None else {"scale": 1.0}))
+
+    def tiles():
+        more = {"block_sizes": sizes} if implementation in (None, "blockwise") else {}
+        if implementation is None and mesh_in_context() is None:
+            more["implementation"] = "blockwise"
+        scores = () if bias is None else (GridBias(jnp.asarray(bias), mask.query_order, mask.key_order, mask.window),)
+        return attention(q, k, v, mask=mask, scores=scores, return_residual=residual, **options | more)
+
+    found = prefer(picked(implementation), kernels, tiles)
     if extra_key is not None and extra_value is not None:
         found = merge(found, attention(q, extra_key, extra_value, return_residual=True, **options))
     back = [token_unpermute(x, grid, query_tile, dilation) for x in (found if isinstance(found, tuple) else (found,))]
     return tuple(back) if return_residual else back[0]
 
 
-def _grid_bias(bias, mask, heads, implementation):
-    expected = (heads, *(2 * w - 1 for w in mask.window))
-    if jnp.shape(bias) != expected:
-        raise ValueError(f"bias: expected shape {expected} for {heads} heads and window {mask.window}, got {jnp.shape(bias)}")
-    if implementation == "pallas":
-        raise NotImplementedError("bias: implementation 'pallas' does not look entries up by two coordinates, use 'blockwise'")
-    return GridBias(jnp.asarray(bias), mask.query_order, mask.key_order, mask.window)
+def _with_bias(query, key, table, mask, scale):
+    """Queries and keys whose dot products are the scores with biases: ``scale q_i . k_j + b_ij``.
+
+    The keys of a neighbourhood have places of their own modulo the window, so that b_ij is entry j' mod w of all that i adds to its keys.
+    """
+    residues = math.prod(mask.window)
+    if residues > 256:
+        raise NotImplementedError(f"bias: kernels take windows of at most 256 tokens, got {residues} of {mask.window}; use 'blockwise' or None")
+
+    def places(order):
+        position = jnp.arange(math.prod(order.radices))
+        return [(own.low, place.low) for own, place in order.boxes(position, position)]
+
+    entries, own = jnp.zeros((1, 1), jnp.int32), 0
+    for (residue, place), (_, other), (n, d, w, s, causal) in zip(places(mask.query_order), places(mask.key_order), mask._dimensions()):
+        first, _ = _reach(place, _class_size(n, d, residue), w, s, causal)
+        seen = first[:, None] + (jnp.arange(w) - first[:, None]) % w
+        entry = jnp.clip(seen - place[:, None] + w - 1, 0, 2 * w - 2)
+        entries = (entries[:, :, None] * (2 * w - 1) + entry[:, None]).reshape(len(entry), -1)
+        own = own * w + other % w
+    added = table.reshape(len(table), -1)[:, entries].swapaxes(0, 1)  # [T, N, residues]
+    chosen = jax.nn.one_hot(own, residues, dtype=key.dtype)[:, None]
+    query = query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
+    append = lambda x, y: jnp.concatenate([x, jnp.broadcast_to(y.astype(x.dtype), (*x.shape[:-1], residues))], -1)
+    return append(query, added), append(key, chosen)
 
 
 class TilePlan(NamedTuple):

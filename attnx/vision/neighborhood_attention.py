@@ -165,7 +165,7 @@ class NeighborhoodAttention(nnx.Module):
       stride, dilation, is_causal: see :func:`attnx.masks.neighborhood`.
       use_bias: whether projections have biases.
       relative_bias: whether scores have, normal at the start, of standard deviation 0.02.
-      implementation: as of :func:`attnx.attention`; 'pallas' without relative biases only.
+      implementation: as of :func:`attnx.attention`.
       dtype, param_dtype, rngs: as in Flax.
 
     >>> layer = NeighborhoodAttention(16, 2, 3, dilation=2, rngs=nnx.Rngs(0))

@@ -11,6 +11,7 @@ import attnx
 from attnx import masks, scores, weights
 from attnx.core import fused
 from attnx.core.attention import prepare
+from attnx.masks.grid import neighborhood
 
 
 def gap(s, at, row, column):
@@ -40,6 +41,7 @@ def main():
         "re-weighted softplus": dict(weights=weights.lssa(power=15), mask=masks.causal()),
         "tiles of the table, for long sequences": dict(chip="v6e", length=8192, size=256, block_sizes=None, mask=masks.causal()),
         "tiles of the table, for long sequences, float32": dict(chip="v5p", length=8192, dtype=jnp.float32, block_sizes=None),
+        "neighbourhoods, size of head and biases": dict(length=1536, size=32 + 49, mask=neighborhood((32, 48), 7, query_tile=(16, 16), key_tile=(16, 16))),
         "odd lengths, given positions": dict(length=500, mask=masks.causal(), query_positions=jnp.arange(500), key_positions=jnp.arange(500)),
     }
     found = errors({name: partial(compile_for_tpu, **{"length": t, **parts}) for name, parts in cases.items()})

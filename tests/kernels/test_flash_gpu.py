@@ -116,6 +116,15 @@ def test_lowers_for_an_h200(case):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_neighbourhoods_with_biases_lower():
+    def loss(query, key, value, bias):
+        return masks.neighborhood_attention(query, key, value, 7, bias=bias).astype(jnp.float32).sum()
+
+    arrays = [jax.ShapeDtypeStruct((1, 14, 20, 2, 32), jnp.bfloat16)] * 3
+    assert kernels(jax.grad(loss, (0, 1, 2, 3)), *arrays, jax.ShapeDtypeStruct((2, 13, 13), jnp.float32)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_transformations_lower():
     """As above, with what varies over devices checked."""
     def one(x):

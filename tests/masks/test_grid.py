@@ -129,6 +129,39 @@ def test_kernel(x64):
     agreement.assert_agree(got, agreement.reference(*args, mask=mask))
 
 
+def with_bias(grid, window, options, implementation):
+    """Output and gradients, of a table of biases too."""
+    size = math.prod(grid)
+    *arrays, cotangent = (x.reshape(x.shape[0], *grid, *x.shape[2:]) for x in agreement.arrays(queries=size, keys=size))
+    windows = (window,) * len(grid) if isinstance(window, int) else window
+    table = jax.random.normal(jax.random.key(5), (4, *(2 * w - 1 for w in windows)))
+
+    def attend(*args):
+        tile = (2, 3, 2)[:len(grid)]
+        out = masks.neighborhood_attention(*args[:3], window, **options, bias=args[3], scale=0.3, implementation=implementation, query_tile=tile, key_tile=tile)
+        return jnp.vdot(out, cotangent), out
+    return jax.jit(jax.value_and_grad(attend, range(4), has_aux=True))(*arrays, table)
+
+
+@pytest.mark.parametrize("name", ["stride", "causal, dilated", "dilated plane", "space, causal in time"])
+def test_bias(x64, name):
+    """What enters kernels as features of queries and keys is what tiles look up."""
+    grid, window, options = CASES[name]
+    expected = with_bias(grid, window, options, "blockwise")
+    with fused.forced():  # with no implementation named as well
+        agreement.assert_agree(with_bias(grid, window, options, None if len(grid) == 2 else "pallas"), expected)
+
+
+def test_large_windows_with_biases():
+    """Kernels refuse them by name, and are passed over where they are not named."""
+    x, table = jnp.ones((1, 20, 20, 1, 4)), jnp.ones((1, 37, 37))
+    with fused.forced():
+        with pytest.raises(NotImplementedError, match="bias: kernels take windows of at most 256 tokens, got 361"):
+            masks.neighborhood_attention(x, x, x, 19, bias=table, implementation="pallas")
+        assert "pallas" not in str(jax.make_jaxpr(lambda x: masks.neighborhood_attention(x, x, x, 19, bias=table))(x))
+        assert "pallas" in str(jax.make_jaxpr(lambda x: masks.neighborhood_attention(x, x, x, 16, bias=table[:, :31, :31]))(x))
+
+
 @pytest.mark.parametrize("grid, window, options, message", [
     ((4, 4), 5, {}, "window: expected an integer from 1 to 4, got 5"),
     ((8,), 3, dict(dilation=3), "dilation: expected an integer from 1 to 2, got 3"),

@@ -115,8 +115,6 @@ def test_layer():
         layer(x[:, :2])
     with pytest.raises(ValueError, match=r"bias: expected shape \(2, 5, 5\)"):
         masks.neighborhood_attention(*(x.reshape(1, 6, 7, 2, 8),) * 3, 3, bias=layer.bias[...][:1])
-    with pytest.raises(NotImplementedError, match="bias: implementation 'pallas'"):
-        masks.neighborhood_attention(*(x.reshape(1, 6, 7, 2, 8),) * 3, 3, bias=layer.bias[...], implementation="pallas")
 
 
 @pytest.mark.parametrize(("config", "millions"), [(models.NATConfig.mini(), 20), (models.NATConfig.tiny(), 28), (models.NATConfig.small(), 51),
