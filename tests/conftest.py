@@ -30,7 +30,7 @@ if CACHE:
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that live: looking through them all the time takes a sixth of a run
 
-MAPPINGS = 30_000
+MAPPINGS = 8_000
 """Memory mappings after which a process forgets what it compiled: every executable holds a few, and Linux allows 65530."""
 
 

@@ -45,7 +45,7 @@ def test_small_models():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 12, 1)), jnp.float32)
     slopes = nnx.jit(nnx.grad(lambda model: (model(x) ** 2).sum()))(model)
     assert all(jnp.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
-    window = ShiftedWindows(8, 2, 4, True, rngs=nnx.Rngs(0))
+    window = nnx.jit(ShiftedWindows(8, 2, 4, True, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 8)), jnp.float32)
     moved = jnp.abs(window(x.at[:, 0, 0].set(3.0)) - window(x)).max((0, 3)) > 0
     assert moved[:2, :2].all() and moved.sum() == 4
