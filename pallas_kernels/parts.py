@@ -116,9 +116,7 @@ def _register(cls):
     The structures that jax.tree_util.register_dataclass gives compare equal where the static fields do, whatever the classes, though their hashes differ:
     one lookup in a hundred or so of jit's cache would find the program of another part.
     """
-    fields = [f for f in dataclasses.fields(cls) if f.init]
-    leaves = [f.name for f in fields if not f.metadata.get("static", False)]
-    statics = [f.name for f in fields if f.metadata.get("static", False)]
+    leaves, statics = ([f.name for f in dataclasses.fields(cls) if f.init and bool(f.metadata.get("static")) is kind] for kind in (False, True))
     keys = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
     def flatten(self):

@@ -13,7 +13,8 @@ from pallas_kernels.parts import Cover, Mask
 
 _LAZY = {"mswa": ("MSWAttention", "MultiScaleWindow", "PerHeadWindow", "mswa_mechanisms", "mswa_windows", "multi_scale_window", "multi_window_attention",
                   "per_head_window"),
-         "grid": ("Neighborhood", "TilePlan", "neighborhood", "neighborhood_attention", "neighborhood_plan", "token_permute", "token_unpermute")}
+         "grid": ("Neighborhood", "TilePlan", "neighborhood", "neighborhood_attention", "neighborhood_plan"),
+         "grid_order": ("token_permute", "token_unpermute")}
 __getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 __all__ = ["Cover", "Mask", "causal", "dilated", "documents", "explicit", "lengths", "local", "predicate", "prefix", "sliding_window",
            "strided_columns", "within_blocks", *(name for names in _LAZY.values() for name in names)]

@@ -35,6 +35,6 @@ in each dimension: w keys around leader(i) = i div s * s + s div 2, shifted insi
               Example(plane, {"query": "byxnh", "key": "byxkh", "value": "byxkv"}, "byxnv", executions=EXECUTIONS[:2], sizes={"y": 5, "x": 7}, name="plane"),
               Example(video, {"query": "bzyxnh", "key": "bzyxkh", "value": "bzyxkv", "extra_key": "bskh", "extra_value": "bskv"}, "bzyxnv", executions=EXECUTIONS[:2],
                       sizes={"z": 3, "y": 4, "x": 4}, name="video and text")),
-    notes="Any weights and every execution of the pairs engine run on permuted tokens; speed depends on tiles that fit (masks.neighborhood_plan). In kernels a tile of "
-          "a power of two of at least 128 tokens is a block. Not measured on an accelerator.",
+    notes="Any weights and every execution of the pairs engine run on permuted tokens; speed depends on tiles that fit (masks.neighborhood_plan). In kernels for TPUs "
+          "a tile of a power of two of at least 128 tokens is a block. Not measured on an accelerator.",
 )

@@ -24,8 +24,8 @@ entry = Entry(
 in each dimension: j = start .. start + w - 1,      start = clamp(i - w div 2, 0, n - w)""",
     claim="Windows around each pixel classify better than windows in which pixels stand at different places, more so where objects stand where none stood before, at a "
           "cost linear in the pixels.",
-    examples=(Example(plane, {"query": "byxnh", "key": "byxkh", "value": "byxkv", "bias": "nij"}, "byxnv", executions=("reference", "blockwise", "two steps"),
+    examples=(Example(plane, {"query": "byxnh", "key": "byxkh", "value": "byxkv", "bias": "nij"}, "byxnv", executions=("reference", "blockwise", "pallas", "two steps"),
                       sizes={"y": 5, "x": 4, "i": 7, "j": 5}, name="plane"),),
-    notes="A grid smaller than the window raises: what is released fills it up with zeros, which the projections' biases make keys of. Biases run by tiles, not yet "
-          "in kernels.",
+    notes="A grid smaller than the window raises: what is released fills it up with zeros, which the projections' biases make keys of. In kernels "
+          "windows with biases have at most 256 tokens.",
 )
